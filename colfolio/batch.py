@@ -1,0 +1,162 @@
+"""What crosses layers: packed token inputs, ragged rows of vectors, and a contrastive batch.
+
+Nothing here is padded. Rows lie behind one another in one tensor, and `offsets` says where each
+begins: row i is `[offsets[i], offsets[i + 1])`. Offsets and grids are always on the CPU, because
+the host needs them to plan which rows share a call; the long tensors may be anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MultiVectors:
+    """Ragged rows of vectors: one row a query or a document, one vector a token.
+
+    Args:
+        vectors: `[tokens, dim]`, floating point, any device.
+        offsets: int64 `[rows + 1]` on the CPU, starting at 0, never falling, ending at `tokens`.
+    """
+
+    vectors: Float[Tensor, "tokens dim"]
+    offsets: Int64[Tensor, "rows_and_one"]
+
+    def __post_init__(self) -> None:
+        _check_offsets(self.offsets, len(self.vectors), "vectors")
+
+    @classmethod
+    def from_list(cls, rows: Sequence[Float[Tensor, "_ dim"]]) -> MultiVectors:
+        """Pack rows, each `[tokens_i, dim]`, behind one another."""
+        if not rows:
+            raise ValueError("from_list needs at least one row: with none, dim is unknown")
+        return cls(torch.cat(list(rows)), offsets_of([len(row) for row in rows]))
+
+    @classmethod
+    def cat(cls, parts: Sequence[MultiVectors]) -> MultiVectors:
+        """All rows of all parts, in order."""
+        lengths = torch.cat([part.lengths for part in parts])
+        return cls(torch.cat([part.vectors for part in parts]), offsets_of(lengths))
+
+    @property
+    def lengths(self) -> Int64[Tensor, " rows"]:
+        """Vectors in each row."""
+        return self.offsets.diff()
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> Float[Tensor, "tokens_i dim"]:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)} rows")
+        row %= len(self)
+        return self.vectors[int(self.offsets[row]) : int(self.offsets[row + 1])]
+
+    def __iter__(self) -> Iterator[Float[Tensor, "tokens_i dim"]]:
+        return (self[row] for row in range(len(self)))
+
+    def select(self, rows: Sequence[int]) -> MultiVectors:
+        """The named rows, in the given order."""
+        return MultiVectors.from_list([self[row] for row in rows])
+
+    def to(self, target: torch.device | torch.dtype | str) -> MultiVectors:
+        """The same rows on another device or in another dtype."""
+        return MultiVectors(self.vectors.to(target), self.offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Sequences of one side of a batch, ready for the model.
+
+    Args:
+        token_ids: int64 `[tokens]`.
+        offsets: int64 `[rows + 1]` on the CPU.
+        position_ids: int64 `[3, tokens]`: temporal, height and width position of each token.
+        patches: `[patches, channels * temporal_patch * patch * patch]`, the visual input of all
+            rows in order; no rows for text.
+        grid_thw: int64 `[grids, 3]` on the CPU: patches in time, height and width of each image.
+    """
+
+    token_ids: Int64[Tensor, " tokens"]
+    offsets: Int64[Tensor, "rows_and_one"]
+    position_ids: Int64[Tensor, "3 tokens"]
+    patches: Float[Tensor, "patches patch_dim"]
+    grid_thw: Int64[Tensor, "grids 3"]
+
+    def __post_init__(self) -> None:
+        _check_offsets(self.offsets, len(self.token_ids), "token_ids")
+        found, needed = len(self.patches), int(self.grid_thw.prod(dim=1).sum())
+        if found != needed:
+            raise ValueError(f"grids {self.grid_thw.tolist()} need {needed} patches, found {found}")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Int64[Tensor, " rows"]:
+        """Tokens in each row."""
+        return self.offsets.diff()
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same sequences with their long tensors on a device; offsets and grids stay."""
+        return Packed(
+            self.token_ids.to(device, non_blocking=True),
+            self.offsets,
+            self.position_ids.to(device, non_blocking=True),
+            self.patches.to(device, non_blocking=True),
+            self.grid_thw,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastiveBatch:
+    """Queries, documents, and what each is to the other.
+
+    Args:
+        queries: one row a query.
+        documents: one row a document; a document stands here once, however many queries want it.
+        positives: bool `[queries, documents]`, at least one in each row.
+        ignored: bool `[queries, documents]`: neither positive nor negative (another view of the
+            same page, a near duplicate); never true where `positives` is.
+    """
+
+    queries: Packed
+    documents: Packed
+    positives: Bool[Tensor, "queries documents"]
+    ignored: Bool[Tensor, "queries documents"]
+
+    def to(self, device: torch.device | str) -> ContrastiveBatch:
+        """The same batch with its long tensors on a device."""
+        return ContrastiveBatch(
+            self.queries.to(device),
+            self.documents.to(device),
+            self.positives.to(device),
+            self.ignored.to(device),
+        )
+
+
+def offsets_of(lengths: Sequence[int] | Int64[Tensor, " rows"]) -> Int64[Tensor, "rows_and_one"]:
+    """Where each of the rows of these lengths begins, and where the last ends.
+
+    >>> offsets_of([2, 0, 3]).tolist()
+    [0, 2, 2, 5]
+    """
+    ends = torch.as_tensor(lengths, dtype=torch.int64).cumsum(0)
+    return torch.cat([ends.new_zeros(1), ends])
+
+
+def _check_offsets(offsets: Tensor, size: int, name: str) -> None:
+    if offsets.device.type != "cpu" or offsets.dtype != torch.int64:
+        raise ValueError(
+            f"offsets must be int64 on the CPU, not {offsets.dtype} on {offsets.device}"
+        )
+    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != size or (offsets.diff() < 0).any():
+        raise ValueError(
+            f"offsets must start at 0, never fall, and end at the {size} rows of {name}; "
+            f"found {offsets.tolist() if len(offsets) < 20 else offsets[[0, -1]].tolist()}"
+        )

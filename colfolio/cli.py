@@ -1,0 +1,180 @@
+"""The command line: declares the commands, calls them, and turns errors into exit codes.
+
+0 done, 1 a user's error or a failed check, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Train, explain and serve late-interaction retrievers for page images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings as key=value, with dots for nesting.")
+]
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    from colfolio.errors import ColfolioError
+
+    try:
+        app()
+    except ColfolioError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        _fail(
+            f"{error.filename or 'writing'}: {error.strerror}; what was there before is untouched"
+        )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path(
+        "colfolio-demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Of weights and of the order of the data.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps; the recipe's if unset.")
+    ] = None,
+) -> None:
+    """The whole job on the bundled documents: prepare, train, evaluate, index, search, report."""
+    from colfolio.commands.demo import demo_command
+
+    demo_command(out, seed=seed, steps=steps)
+
+
+@app.command()
+def prepare(
+    documents: Annotated[Path, typer.Argument(help="Folder of PDFs and images, or one file.")],
+    overrides: Overrides = None,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the dataset.")],
+    view: Annotated[
+        str, typer.Option(help="page: whole pages; strip: headings and lines.")
+    ] = "page",
+    split: Annotated[
+        list[str] | None, typer.Option(help="Only this split; may be given again.")
+    ] = None,
+) -> None:
+    """Make a dataset of documents: queries from their outlines, in the ViDoRe/BEIR layout."""
+    from colfolio.commands.prepare import prepare_command
+
+    prepare_command(documents, out, view, split, overrides or [])
+
+
+@app.command()
+def init(
+    base: Annotated[str, typer.Argument(help="Hub id, folder with weights, or YAML with a shape.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new base.")],
+    dim: Annotated[int | None, typer.Option(help="Dimensions of each vector.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything drawn at random.")] = 0,
+    dataset: Annotated[
+        str | None, typer.Option(help="Whose training queries teach a shape's tokenizer.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
+) -> None:
+    """Make a base to train from; its projection is drawn at random once and kept."""
+    from colfolio.commands.init import init_command
+
+    init_command(base, out, dim=dim, seed=seed, dataset=dataset, revision=revision)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe.")] = None,
+    overrides: Overrides = None,
+    *,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU if unset.")] = None,
+) -> None:
+    """Train from a recipe, or go on with a run."""
+    from colfolio.commands.train import resume_command, train_command
+
+    if (recipe is None) == (resume is None):
+        raise typer.BadParameter("give a recipe, or --resume with a run folder")
+    if resume is not None:
+        resume_command(resume, device=device)
+    elif recipe is not None:
+        train_command(recipe, overrides or [], device=device)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint, hub id, or index of whole pages.")],
+    dataset: Annotated[str, typer.Argument(help="Dataset folder, file or hub id.")],
+    split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "test",
+    out_json: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
+    page_score: Annotated[
+        str | None, typer.Option(help="Of an index: best view, or union of a page's views.")
+    ] = None,
+    index_model: Annotated[
+        str | None, typer.Option("--model", help="Of an index: where its model is now.")
+    ] = None,
+) -> None:
+    """Measure how well queries find what answers them, beside chance and a blind baseline."""
+    from colfolio.commands.evaluate import evaluate_command
+
+    evaluate_command(
+        model, dataset, split, out_json=out_json, page_score=page_score, model=index_model
+    )
+
+
+@app.command()
+def index(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    documents: Annotated[Path, typer.Argument(help="Folder of documents, or a dataset.")],
+    out: Annotated[Path, typer.Option(help="Folder of the index.")],
+    views: Annotated[
+        str | None, typer.Option(help="page, tiles or strips; the model's own if unset.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of a dataset.")] = None,
+    dpi: Annotated[float | None, typer.Option(help="Resolution to render PDFs at.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of stored vectors: float16, float32.")] = None,
+) -> None:
+    """Index the pages of documents, to be searched by what they look like."""
+    from colfolio.commands.index import index_command
+
+    index_command(model, documents, out, views=views, split=split, dpi=dpi, dtype=dtype)
+
+
+@app.command()
+def search(
+    index: Annotated[Path, typer.Argument(help="Folder of the index.")],
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    top_k: Annotated[int, typer.Option(help="Number of hits.")] = 10,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder for pictures of the hits; ./hits if unset.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Where the index's model is now.")] = None,
+    page_score: Annotated[str, typer.Option(help="best view, or union of views.")] = "best",
+) -> None:
+    """Search an index; shows file, page and score, and draws the spot that answered."""
+    from colfolio.commands.search import search_command
+
+    search_command(index, query, top_k, images_to=images, model=model, page_score=page_score)
+
+
+def _fail(message: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        "error:", message, style="red", markup=False
+    )
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""`colfolio init`: a base to train from, out of published weights or out of a shape alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from colfolio.commands.console import console
+from colfolio.config import load_settings
+from colfolio.data.dataset import load_dataset
+from colfolio.errors import RecipeError
+from colfolio.models import Retriever, Shape, base_from_shape, base_from_weights, train_tokenizer
+
+
+def init_command(
+    base: str,
+    out: Path,
+    *,
+    dim: int | None = None,
+    seed: int = 0,
+    dataset: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Make a base and save it.
+
+    Args:
+        base: a hub id, a folder with weights, or a YAML file with a shape.
+        out: the folder of the new base.
+        dim: dimensions of each vector; None takes the shape's, or 128.
+        seed: of everything drawn at random.
+        dataset: whose training queries teach the tokenizer of a shape.
+        revision: of a hub id.
+
+    Raises:
+        ColfolioError: a shape came without a dataset, or the base cannot be read.
+    """
+    if base.endswith((".yaml", ".yml")):
+        retriever = _from_shape(Path(base), dim, seed, dataset)
+    else:
+        retriever = base_from_weights(base, dim or 128, seed, revision)
+    retriever.save_pretrained(out)
+    count = sum(parameter.numel() for parameter in retriever.parameters())
+    console().print(
+        f"{out}: {count / 1e6:,.2f} M parameters, vectors of {retriever.dim} dimensions, "
+        f"weights {retriever.contract.base_hash[:12]}"
+    )
+
+
+def _from_shape(path: Path, dim: int | None, seed: int, dataset: str | None) -> Retriever:
+    if dataset is None:
+        raise RecipeError(
+            f"{path}: a base from a shape learns its vocabulary from a dataset; add --dataset"
+        )
+    shape = load_settings(path, Shape, [] if dim is None else [f"dim={dim}"])
+    queries = load_dataset(dataset, "train").queries
+    tokenizer = train_tokenizer((query.text for query in queries), shape.tokenizer)
+    return base_from_shape(shape, tokenizer, seed)

@@ -1,0 +1,106 @@
+"""What a terminal shows while a model trains: one line that moves, or a line now and then."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from colfolio.training import StepReport
+
+_SMOOTH = 50
+
+
+class LiveTraining:
+    """Loss beside its chance level, margin, nDCG, rows a second and time left.
+
+    Args:
+        console: where to draw; if it is no terminal, a plain line is printed every `plain_every`.
+        steps: of the whole run.
+        metric: name of the number that evaluations bring.
+    """
+
+    def __init__(
+        self, console: Console, steps: int, metric: str = "ndcg@5", plain_every: int = 100
+    ) -> None:
+        self._console = console
+        self._steps = steps
+        self._metric = metric
+        self._plain_every = plain_every
+        self._recent: deque[StepReport] = deque(maxlen=_SMOOTH)
+        self._evaluated: list[tuple[int, float]] = []
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> LiveTraining:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def step(self, report: StepReport) -> None:
+        """Show a step."""
+        self._recent.append(report)
+        if self._console.is_terminal:
+            self._live.update(self._table(report), refresh=report.step % 5 == 0)
+        elif report.step % self._plain_every == 0 or report.step == self._steps:
+            self._console.print(self._line(report))
+
+    def evaluation(self, step: int, value: float) -> None:
+        """Show an evaluation."""
+        self._evaluated.append((step, value))
+        if self._console.is_terminal:
+            self._live.console.print(f"  step {step:>6}   validation {self._metric} {value:.3f}")
+        else:
+            self._console.print(f"step {step}: validation {self._metric} {value:.3f}")
+
+    def _table(self, report: StepReport) -> Table:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        cells = {
+            "step": f"{report.step}/{self._steps}",
+            "loss": f"{self._mean('loss'):.3f}",
+            "chance": f"{report.chance:.3f}",
+            "margin": f"{self._mean('margin'):+.2f}",
+            "first": f"{self._mean('accuracy'):.0%}",
+            f"val {self._metric}": f"{self._evaluated[-1][1]:.3f}" if self._evaluated else "–",
+            "rows/s": f"{self._rows_per_second():.0f}",
+            "left": _clock(self._seconds_left(report.step)),
+        }
+        table.add_column("")
+        for name in cells:
+            table.add_column(name, justify="right")
+        bar = ProgressBar(total=self._steps, completed=report.step, width=24)
+        table.add_row(bar, *cells.values())
+        return table
+
+    def _line(self, report: StepReport) -> str:
+        return (
+            f"step {report.step}/{self._steps}: loss {self._mean('loss'):.3f} "
+            f"(chance {report.chance:.3f}), margin {self._mean('margin'):+.2f}, "
+            f"{self._rows_per_second():.0f} rows/s, {_clock(self._seconds_left(report.step))} left"
+        )
+
+    def _mean(self, name: str) -> float:
+        return sum(getattr(report, name) for report in self._recent) / len(self._recent)
+
+    def _rows_per_second(self) -> float:
+        rows = sum(report.rows_per_second * report.seconds for report in self._recent)
+        return rows / sum(report.seconds for report in self._recent)
+
+    def _seconds_left(self, step: int) -> float:
+        return self._mean("seconds") * (self._steps - step)
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S" if seconds >= 3600 else "%M:%S", time.gmtime(seconds))

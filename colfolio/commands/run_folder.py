@@ -1,0 +1,127 @@
+"""The folder of a training run: recipe, log, checkpoints, and the model that came out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from colfolio.config import Settings, load_settings, to_yaml
+from colfolio.errors import CheckpointError, RecipeError
+from colfolio.training import TrainSettings
+
+RECIPE_FILE = "recipe.yaml"
+LOG_FILE = "log.jsonl"
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+
+
+class ValidationSettings(Settings):
+    """Evaluation during training.
+
+    Args:
+        split: of the dataset; None for no evaluation.
+        every: steps between two evaluations; the last step is always evaluated.
+    """
+
+    split: str | None = "validation"
+    every: int = Field(default=500, ge=1)
+
+
+class CheckpointSettings(Settings):
+    """Saving during training: every so many steps, of which the newest `keep` stay."""
+
+    every: int = Field(default=500, ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class TrainRecipe(Settings):
+    """A training run from beginning to end.
+
+    Args:
+        model: the base, a checkpoint folder or hub id.
+        dataset: a dataset folder, hub id, CSV or JSONL file.
+        split: of the dataset, to train on.
+        out: the run folder.
+        train: what determines the weights that come out.
+    """
+
+    model: str
+    dataset: str
+    split: str = "train"
+    out: str
+    train: TrainSettings
+    validation: ValidationSettings = ValidationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of a run, and its log."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def model(self) -> Path:
+        """Where the model stands when the run is done."""
+        return self.path / MODEL
+
+    @property
+    def log(self) -> Path:
+        """One JSON object a line: steps and evaluations."""
+        return self.path / LOG_FILE
+
+    def begin(self, recipe: TrainRecipe) -> None:
+        """Make the folder and keep the recipe in it.
+
+        Raises:
+            RecipeError: the folder already holds a run.
+        """
+        if (self.path / RECIPE_FILE).exists():
+            raise RecipeError(
+                f"{self.path} already holds a run; continue it with --resume, or choose another out"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        aside = self.path / f".{RECIPE_FILE}"
+        aside.write_text(to_yaml(recipe), encoding="utf-8")
+        aside.rename(self.path / RECIPE_FILE)
+
+    def rewind(self, step: int) -> None:
+        """Leave in the log what was written up to a step; a line cut short by a kill goes too.
+
+        Raises:
+            CheckpointError: the folder holds no run.
+        """
+        if not (self.path / RECIPE_FILE).exists():
+            raise CheckpointError(f"{self.path}: holds no run to resume")
+        if not self.log.exists():
+            return
+        kept = []
+        for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if row["step"] <= step:
+                kept.append(line + "\n")
+        aside = self.log.with_name(f".{LOG_FILE}")
+        aside.write_text("".join(kept), encoding="utf-8")
+        aside.replace(self.log)
+
+    def append(self, kind: str, values: dict[str, Any]) -> None:
+        """Write one line of the log; it is on its way to the disk when this returns."""
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind} | values) + "\n")
+
+
+def recipe_of(run: Path) -> TrainRecipe:
+    """The recipe that a run folder was made with."""
+    return load_settings(run / RECIPE_FILE, TrainRecipe)

@@ -1,0 +1,106 @@
+"""`colfolio train`: a recipe to a run folder; or a run folder that goes on where it stopped."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+from colfolio.commands.console import console
+from colfolio.commands.live import LiveTraining
+from colfolio.commands.run_folder import RunFolder, TrainRecipe, recipe_of
+from colfolio.config import load_settings
+from colfolio.data.dataset import RetrievalDataset, load_dataset
+from colfolio.evaluation.benchmark import evaluate_model
+from colfolio.models.retriever import Retriever
+from colfolio.training import (
+    TrainingState,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    start_training,
+    train,
+)
+
+_METRIC = "ndcg@5"
+
+
+def train_command(
+    recipe_path: Path, overrides: Sequence[str] = (), *, device: str | None = None
+) -> None:
+    """Train from a recipe; the model stands in `out/model` when all steps are done.
+
+    Raises:
+        ColfolioError: the recipe, the base or the dataset cannot be honoured.
+        KeyboardInterrupt: after Ctrl-C, once the state is saved.
+    """
+    recipe = load_settings(recipe_path, TrainRecipe, overrides)
+    dataset = load_dataset(recipe.dataset, recipe.split)
+    retriever = Retriever.from_pretrained(recipe.model, device=device)
+    run = RunFolder(Path(recipe.out))
+    run.begin(recipe)
+    _run(start_training(retriever, recipe.train), dataset, recipe, run)
+
+
+def resume_command(run_path: Path, *, device: str | None = None) -> None:
+    """Go on with a run from its newest checkpoint, or from its base if it has none.
+
+    Raises:
+        ColfolioError: the folder holds no run, or its checkpoint or data are not the same any more.
+    """
+    recipe, run = recipe_of(run_path), RunFolder(run_path)
+    dataset = load_dataset(recipe.dataset, recipe.split)
+    newest = newest_checkpoint(run.checkpoints)
+    if newest is None:
+        retriever = Retriever.from_pretrained(recipe.model, device=device)
+        state = start_training(retriever, recipe.train)
+    else:
+        state = load_checkpoint(newest, recipe.train, dataset.fingerprint, device)
+    run.rewind(state.step)
+    console().print(f"{run_path}: goes on after step {state.step} of {recipe.train.steps}")
+    _run(state, dataset, recipe, run)
+
+
+def _run(
+    state: TrainingState, dataset: RetrievalDataset, recipe: TrainRecipe, run: RunFolder
+) -> None:
+    split = recipe.validation.split
+    validation = load_dataset(recipe.dataset, split) if split else None
+    steps, keep = recipe.train.steps, recipe.checkpoint.keep
+    with LiveTraining(console(), steps) as live, _stop_after_step() as stop:
+        for report in train(state, dataset):
+            run.append("step", asdict(report))
+            live.step(report)
+            is_last = report.step == steps
+            if validation and (is_last or report.step % recipe.validation.every == 0):
+                value = evaluate_model(state.retriever, validation).metric(_METRIC).value
+                run.append("evaluation", {"step": report.step, "split": split, _METRIC: value})
+                live.evaluation(report.step, value)
+            if stop or is_last or report.step % recipe.checkpoint.every == 0:
+                save_checkpoint(state, run.checkpoints, dataset.fingerprint, keep)
+            if stop:
+                console().print(f"\nstopped after step {report.step}, saved in {run.checkpoints}")
+                console().print(f"go on with: colfolio train --resume {run.path}")
+                raise KeyboardInterrupt
+    state.retriever.save_pretrained(run.model)
+    console().print(f"{run.model}: trained for {steps} steps")
+
+
+@contextmanager
+def _stop_after_step() -> Iterator[list[bool]]:
+    """A list that is no longer empty after Ctrl-C; a second Ctrl-C stops at once."""
+    asked: list[bool] = []
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,1 @@
+"""Documents to views and pairs, and datasets in the ViDoRe/BEIR layout; knows nothing of models."""

@@ -1,0 +1,119 @@
+"""Queries of a dataset to contrastive batches: which documents come along, and who ignores whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from pydantic import Field
+
+from colfolio.batch import ContrastiveBatch
+from colfolio.config import Settings
+from colfolio.data.collate import Collator
+from colfolio.data.dataset import RetrievalDataset
+from colfolio.data.sampler import Draw, SamplerPosition, draws
+
+
+class BatchSettings(Settings):
+    """What one batch holds.
+
+    Args:
+        rows: queries in a batch, each with one of its positive documents.
+        ignore: documents of the same `page` or `document` as a query's positive are not counted
+            as its negatives; `none` counts them.
+        kind_weights: expected appearances in an epoch of a query of each kind; 1 where not named.
+    """
+
+    rows: int = Field(default=32, ge=2)
+    ignore: Literal["page", "document", "none"] = "page"
+    kind_weights: dict[str, float] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnBatch:
+    """A batch, and where the sampler stands behind it."""
+
+    batch: ContrastiveBatch
+    after: SamplerPosition
+
+
+class BatchSource:
+    """Batches of one dataset split without end, the same for the same seed and position.
+
+    Args:
+        dataset: the training split.
+        collator: of the model that is trained.
+        settings: rows and masks.
+        seed: of order and of the choice among several positives.
+    """
+
+    def __init__(
+        self, dataset: RetrievalDataset, collator: Collator, settings: BatchSettings, seed: int
+    ) -> None:
+        self._dataset = dataset
+        self._collator = collator
+        self._settings = settings
+        self._seed = seed
+        row_of = {name: row for row, name in enumerate(dataset.corpus.ids)}
+        self._positives = [
+            np.array([row_of[name] for name, grade in dataset.qrels[query.id].items() if grade > 0])
+            for query in dataset.queries
+        ]
+        self._texts = [query.text for query in dataset.queries]
+        self._group_of_document = _groups(dataset, settings.ignore)
+
+    def batches(self, position: SamplerPosition) -> Iterator[DrawnBatch]:
+        """Batches from a position on."""
+        weights = [
+            self._settings.kind_weights.get(query.kind or "", 1.0)
+            for query in self._dataset.queries
+        ]
+        for draw in draws(weights, self._settings.rows, self._seed, position):
+            yield DrawnBatch(self._collate(draw), draw.after)
+
+    def _collate(self, draw: Draw) -> ContrastiveBatch:
+        picked = [int(draw.generator.choice(self._positives[query])) for query in draw.queries]
+        images = {row: self._dataset.corpus.image(row) for row in dict.fromkeys(picked)}
+        documents = sorted(images, key=lambda row: (images[row].shape[:2], row))
+        texts = [self._texts[query] for query in draw.queries]
+        lengths = self._collator.query_lengths(texts)
+        order = sorted(range(len(texts)), key=lambda row: (lengths[row], row))
+        positives, ignored = self._masks(
+            [draw.queries[row] for row in order], [picked[row] for row in order], documents
+        )
+        return ContrastiveBatch(
+            self._collator.queries([texts[row] for row in order]),
+            self._collator.documents([images[row] for row in documents]),
+            positives,
+            ignored,
+        )
+
+    def _masks(
+        self, queries: list[int], picked: list[int], documents: list[int]
+    ) -> tuple[Bool[torch.Tensor, "Q D"], Bool[torch.Tensor, "Q D"]]:
+        """A document is a positive of every query that wants it, not only of its own."""
+        rows = np.array(documents)
+        positives = np.stack([np.isin(rows, self._positives[query]) for query in queries])
+        if self._group_of_document is None:
+            return torch.from_numpy(positives), torch.zeros(positives.shape, dtype=torch.bool)
+        groups = self._group_of_document
+        same = groups[np.array(picked)][:, None] == groups[rows][None, :]
+        return torch.from_numpy(positives), torch.from_numpy(same & ~positives)
+
+
+def _groups(dataset: RetrievalDataset, ignore: str) -> np.ndarray | None:
+    """A number for each document; documents of equal number are no negatives to each other."""
+    if ignore == "none":
+        return None
+    corpus = dataset.corpus
+    keys = (
+        list(zip(corpus.documents, corpus.pages, strict=True))
+        if ignore == "page"
+        else [(document, 0) for document in corpus.documents]
+    )
+    numbers: dict[tuple[str, int], int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])

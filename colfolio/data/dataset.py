@@ -1,0 +1,384 @@
+"""Queries, a corpus of images that are decoded when asked for, and which image answers which query.
+
+A dataset is read from a folder in the ViDoRe/BEIR layout, from the hub, or from a CSV or JSONL file.
+Pages are counted from 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import re
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Int64, UInt8
+from PIL import Image
+
+from colfolio.data import hub, layout, tabular
+from colfolio.data.documents import IMAGE_SUFFIXES, load_image, open_document
+from colfolio.data.layout import Tables
+from colfolio.data.views import BoxF
+from colfolio.errors import DatasetError
+
+PAGE_DPI = 144.0
+_BATCH_ROWS = 4096
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A text that is looked for.
+
+    Args:
+        id: unique in its split.
+        kind: "heading" or "words" in datasets of our own, "" where the dataset does not say.
+        seen: whether the text is also a query of the training split; None where that is not known.
+    """
+
+    id: str
+    text: str
+    kind: str = ""
+    seen: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusRow:
+    """One image to be written into a dataset.
+
+    Args:
+        id: unique in its split.
+        image: an encoded image, as PNG or JPEG.
+        document: the document that it shows; of the same name in an index of these documents.
+        page: from 0.
+        box: what part of the page it shows; None is the whole page.
+    """
+
+    id: str
+    image: bytes
+    document: str
+    page: int = 0
+    box: BoxF | None = None
+    kind: str = ""
+
+
+class Corpus:
+    """The images of a split, encoded as they were stored.
+
+    Args:
+        table: columns as in `layout.COLUMNS`.
+        root: the folder that image paths are relative to.
+    """
+
+    def __init__(self, table: pa.Table, root: Path) -> None:
+        self.ids: list[str] = table.column("corpus-id").to_pylist()
+        self._table = table
+        self._root = root
+        image = table.column("image")
+        self._bytes, self._paths = pc.struct_field(image, 0), pc.struct_field(image, 1)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @functools.cached_property
+    def documents(self) -> list[str]:
+        """The document that each row shows; a row that does not say is a document of its own."""
+        given = self._optional("doc-id")
+        return [
+            document if document is not None else id_
+            for document, id_ in zip(given, self.ids, strict=True)
+        ]
+
+    @functools.cached_property
+    def pages(self) -> list[int]:
+        """The page of each row, from 0; where that is not known, a negative number of its own."""
+        given = self._optional("page-number")
+        return [page if page is not None else -1 - row for row, page in enumerate(given)]
+
+    @functools.cached_property
+    def kinds(self) -> list[str]:
+        """What each row shows: "heading", "words", "page"; "" where the dataset does not say."""
+        return [kind or "" for kind in self._optional("kind")]
+
+    @functools.cached_property
+    def boxes(self) -> list[BoxF | None]:
+        """The part of its page that each row shows; None is the whole page."""
+        return [tuple(box) if box else None for box in self._optional("box")]
+
+    @functools.cached_property
+    def page_keys(self) -> Int64[np.ndarray, " rows"]:
+        """Equal numbers for rows that show the same page of the same document."""
+        numbers: dict[tuple[str, int], int] = {}
+        pages = zip(self.documents, self.pages, strict=True)
+        return np.array([numbers.setdefault(page, len(numbers)) for page in pages], dtype=np.int64)
+
+    def image(self, row: int) -> UInt8[np.ndarray, "height width 3"]:
+        """The decoded image of a row.
+
+        Raises:
+            DocumentError: the image, or the document that the row names, cannot be read.
+        """
+        source = self._source(row)
+        if isinstance(source, bytes) or source.suffix.lower() in IMAGE_SUFFIXES:
+            return load_image(source)
+        with open_document(source) as document:
+            return document.render(max(0, self.pages[row]), dpi=PAGE_DPI)
+
+    def image_size(self, row: int) -> tuple[int, int]:
+        """Height and width of `image(row)`, from the header of the image where there is one."""
+        source = self._source(row)
+        if isinstance(source, bytes):
+            return _png_size(source) or _header_size(io.BytesIO(source)) or self._decoded_size(row)
+        if source.suffix.lower() in IMAGE_SUFFIXES:
+            return _header_size(source) or self._decoded_size(row)
+        return self._decoded_size(row)
+
+    def encoded(self, row: int) -> bytes:
+        """The image of a row as it is stored; the bytes of its file where a path is stored."""
+        source = self._source(row)
+        return source if isinstance(source, bytes) else source.read_bytes()
+
+    def _decoded_size(self, row: int) -> tuple[int, int]:
+        height, width = self.image(row).shape[:2]
+        return height, width
+
+    def _source(self, row: int) -> bytes | Path:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of a corpus of {len(self)}")
+        encoded = self._bytes[row].as_py()
+        return encoded if encoded is not None else self._root / self._paths[row].as_py()
+
+    def _optional(self, name: str) -> list:
+        if name not in self._table.column_names:
+            return [None] * len(self)
+        return self._table.column(name).to_pylist()
+
+
+class RetrievalDataset:
+    """One split: queries, the corpus they are asked of, and relevance judgements.
+
+    Args:
+        tables: the split as it was read; what does not fit together is refused here.
+        split: its name.
+
+    Attributes:
+        qrels: query id -> corpus id -> score; above 0 is relevant, 0 is a judged negative.
+
+    Raises:
+        DatasetError: an id occurs twice, a query has no positive, a judgement names an unknown id,
+            the corpus or the queries are empty, an image or document lies outside the dataset.
+    """
+
+    def __init__(self, tables: Tables, split: str) -> None:
+        self.name, self.split = tables.name, split
+        self._tables = tables
+        where = f"{tables.name}, split {split!r}"
+        _check_ids(tables, where)
+        _check_places(tables, where)
+        self.corpus = Corpus(tables.corpus, tables.root)
+        self.queries = _queries_of(tables.queries, where)
+        self.qrels = _qrels_of(tables.qrels, self.queries, where)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the content: ids, texts, judgements and encoded images."""
+        digest = hashlib.sha256()
+        for table in (self._tables.queries, self._tables.qrels, self._tables.corpus):
+            for name in sorted(table.column_names):
+                digest.update(name.encode())
+                if name != "image":
+                    _digest_column(digest, table.column(name))
+        column = self._tables.corpus.column("image")
+        _digest_column(digest, pc.struct_field(column, 0))
+        for path in pc.struct_field(column, 1).filter(pc.is_null(pc.struct_field(column, 0))):
+            digest.update(hashlib.sha256((self._tables.root / path.as_py()).read_bytes()).digest())
+        return digest.hexdigest()
+
+    def positives(self, query_id: str) -> list[str]:
+        """The corpus ids that answer a query."""
+        return [id_ for id_, score in self.qrels[query_id].items() if score > 0]
+
+    def negatives(self, query_id: str) -> list[str]:
+        """The corpus ids that are judged not to answer a query."""
+        return [id_ for id_, score in self.qrels[query_id].items() if score <= 0]
+
+
+def load_dataset(source: str | Path, split: str) -> RetrievalDataset:
+    """One split of a dataset.
+
+    Args:
+        source: a folder in the ViDoRe/BEIR layout, the id of such a dataset on the hub, or a CSV or
+            JSONL file with the columns `query` and `image`, or `document` and `page` (from 1), and
+            optionally `negatives` and `split`; its paths are relative to the file.
+        split: such as "train" or "test".
+
+    Raises:
+        DatasetError: there is no such dataset or split, or its parts do not fit together.
+    """
+    path = Path(source)
+    if path.is_file():
+        return RetrievalDataset(tabular.read_file(path, split), split)
+    folder = path if path.is_dir() else hub.download(str(source))
+    name = path.resolve().name if path.is_dir() else str(source)
+    return RetrievalDataset(layout.read_split(folder, split, name), split)
+
+
+def splits_of(source: str | Path) -> list[str]:
+    """The splits of a dataset: train, validation, test, then others by name."""
+    path = Path(source)
+    if path.is_file():
+        return tabular.splits_in(path)
+    return layout.splits_in(path if path.is_dir() else hub.download(str(source)))
+
+
+def write_split(
+    folder: Path,
+    split: str,
+    corpus: Iterable[CorpusRow],
+    queries: Iterable[Query],
+    qrels: Mapping[str, Mapping[str, int]],
+) -> None:
+    """Write one split into a dataset folder; its three files appear together or not at all.
+
+    Args:
+        folder: a new or existing dataset folder; its other splits stay.
+        split: replaced if it exists.
+        corpus: may be a generator; rows are written as they come.
+        queries: each has an entry in `qrels`.
+        qrels: query id -> corpus id -> score.
+    """
+    others = layout.splits_in(folder) if folder.is_dir() else []
+    triples = [
+        (query, document, score) for query in qrels for document, score in qrels[query].items()
+    ]
+    with layout.staged(folder) as staging:
+        layout.stage_split(
+            staging, split, _batches(corpus), query_table(queries), qrel_table(triples)
+        )
+        layout.stage_readme(staging, sorted({*others, split}))
+        staging.commit()
+
+
+def query_table(queries: Iterable[Query]) -> pa.Table:
+    """Queries as a table of the layout."""
+    rows = list(queries)
+    columns = {
+        "query-id": [query.id for query in rows],
+        "query": [query.text for query in rows],
+        "kind": [query.kind or None for query in rows],
+        "seen": [query.seen for query in rows],
+    }
+    return _to_table(columns, "queries")
+
+
+def qrel_table(triples: Sequence[tuple[str, str, int]]) -> pa.Table:
+    """Judgements (query id, corpus id, score) as a table of the layout."""
+    columns = {
+        "query-id": [query for query, _, _ in triples],
+        "corpus-id": [document for _, document, _ in triples],
+        "score": [score for _, _, score in triples],
+    }
+    return _to_table(columns, "qrels")
+
+
+def _batches(corpus: Iterable[CorpusRow]) -> Iterable[pa.Table]:
+    rows: list[CorpusRow] = []
+    for row in corpus:
+        rows.append(row)
+        if len(rows) == _BATCH_ROWS:
+            yield _corpus_table(rows)
+            rows = []
+    if rows:
+        yield _corpus_table(rows)
+
+
+def _corpus_table(rows: Sequence[CorpusRow]) -> pa.Table:
+    columns = {
+        "corpus-id": [row.id for row in rows],
+        "image": [{"bytes": row.image, "path": None} for row in rows],
+        "doc-id": [row.document for row in rows],
+        "page-number": [row.page for row in rows],
+        "box": [row.box for row in rows],
+        "kind": [row.kind or None for row in rows],
+    }
+    return _to_table(columns, "corpus")
+
+
+def _to_table(columns: Mapping[str, list], config: str) -> pa.Table:
+    schema = layout.schema_of(config)
+    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema})
+
+
+def _queries_of(table: pa.Table, where: str) -> list[Query]:
+    _check_nulls(table, ("query",), where)
+    ids, texts = table.column("query-id").to_pylist(), table.column("query").to_pylist()
+    empty = [id_ for id_, text in zip(ids, texts, strict=True) if not text.strip()]
+    if empty:
+        raise DatasetError(f"{where}: the text of query {_named(empty)} is empty")
+    kinds = _column_or(table, "kind")
+    seen = _column_or(table, "seen")
+    return [
+        Query(id_, text, kind or "", is_seen)
+        for id_, text, kind, is_seen in zip(ids, texts, kinds, seen, strict=True)
+    ]
+
+
+def _column_or(table: pa.Table, name: str) -> list:
+    return table.column(name).to_pylist() if name in table.column_names else [None] * len(table)
+
+
+def _qrels_of(table: pa.Table, queries: Sequence[Query], where: str) -> dict[str, dict[str, int]]:
+    qrels: dict[str, dict[str, int]] = {query.id: {} for query in queries}
+    columns = (table.column(name).to_pylist() for name in ("query-id", "corpus-id", "score"))
+    for query, document, score in zip(*columns, strict=True):
+        qrels[query][document] = score
+    missing = [
+        id_ for id_, judged in qrels.items() if not any(score > 0 for score in judged.values())
+    ]
+    if missing:
+        raise DatasetError(
+            f"{where}: every query needs a positive (a judgement above 0), but "
+            f"{len(missing)} of {len(qrels)} have none: {_named(missing)}"
+        )
+    return qrels
+
+
+def _png_size(encoded: bytes) -> tuple[int, int] | None:
+    """Height and width from a PNG's first chunk; None for other formats or with EXIF inside."""
+    if not encoded.startswith(_PNG) or b"eXIf" in encoded or b"exif" in encoded:
+        return None
+    width, height = struct.unpack(">II", encoded[16:24])
+    return height, width
+
+
+def _header_size(source: io.BytesIO | Path) -> tuple[int, int] | None:
+    try:
+        with Image.open(source) as image:
+            width, height = image.size
+            is_turned = image.getexif().get(0x0112, 1) >= 5
+    except (OSError, ValueError, SyntaxError):
+        return None
+    return (width, height) if is_turned else (height, width)
+
+
+def _digest_column(digest: hashlib._Hash, column: pa.ChunkedArray) -> None:
+    """Feed a column into a hash, independent of how it is chunked."""
+    if not (pa.types.is_string(column.type) or pa.types.is_binary(column.type)):
+        digest.update(repr(column.to_pylist()).encode())
+        return
+    lengths = pc.fill_null(pc.binary_length(column).cast(pa.int64()), -1)
+    digest.update(lengths.to_numpy().tobytes())
+    for chunk in column.chunks:
+        values = chunk.fill_null(b"" if pa.types.is_binary(chunk.type) else "")
+        _, offsets, content = values.buffers()
+        if content is None or not len(values):
+            continue
+        ends = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1]
+        digest.update(memoryview(content)[int(ends[0]) : int(ends[-1])])

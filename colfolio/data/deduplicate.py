@@ -1,0 +1,107 @@
+"""Which images are the same, to the pixel or nearly: digests and perceptual difference hashes.
+
+A difference hash says for a grid of cells whether each is darker than its right neighbour; two
+renderings of one text, a fraction of a pixel apart, differ in few bits. Hashes are packed into
+64-bit words, and distances are counted in blocks. Letters in shapes: n images, w words of a hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float32, UInt8, UInt16, UInt64
+from PIL import Image
+
+STRIP_CELLS = (8, 64)
+PAGE_CELLS = (32, 32)
+_STEP = 8
+_INK = 200
+_BLOCK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Hashes:
+    """Perceptual hashes of many images, and how long each image is.
+
+    Args:
+        words: `[n, w]`, bits packed.
+        lengths: `[n]`, width of the ink over its height; never 0.
+    """
+
+    words: UInt64[np.ndarray, "n w"]
+    lengths: Float32[np.ndarray, " n"]
+
+
+def pixel_digest(pixels: UInt8[np.ndarray, "height width *channels"]) -> bytes:
+    """32 bytes that are equal for images equal in size and in every pixel."""
+    digest = hashlib.sha256(repr(pixels.shape).encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.digest()
+
+
+def difference_hash(
+    grey: UInt8[np.ndarray, "height width"], cells: tuple[int, int]
+) -> tuple[bytes, float]:
+    """The hash of the inked part of an image, packed, and that part's width over its height.
+
+    Args:
+        grey: the image, dark on light; margins do not count, so padding and placement may differ.
+        cells: rows and columns of the grid; their product is the number of bits.
+    """
+    left, top, right, bottom = _ink_box(grey)
+    rows, columns = cells
+    image = Image.fromarray(grey[top:bottom, left:right])
+    small = np.asarray(image.resize((columns + 1, rows), Image.Resampling.BOX), dtype=np.int16)
+    is_darker = small[:, 1:] - small[:, :-1] > _STEP
+    return np.packbits(is_darker).tobytes(), (right - left) / (bottom - top)
+
+
+def near_duplicates(
+    candidates: Hashes, references: Hashes, max_distance: int, tolerance: float = 0.1
+) -> Bool[np.ndarray, " n"]:
+    """Which candidates have a reference within a Hamming distance and of about the same length.
+
+    Args:
+        candidates: to be judged.
+        references: to be compared with; hashes of as many bits.
+        max_distance: bits that may differ.
+        tolerance: lengths may differ by this fraction.
+    """
+    found = np.zeros(len(candidates.words), dtype=bool)
+    if not len(references.words):
+        return found
+    by_length = np.argsort(references.lengths, kind="stable")
+    lengths, words = references.lengths[by_length], references.words[by_length]
+    order = np.argsort(candidates.lengths, kind="stable")
+    for start in range(0, len(order), _BLOCK):
+        block = order[start : start + _BLOCK]
+        of_block = candidates.lengths[block]
+        first = np.searchsorted(lengths, of_block[0] * (1 - tolerance), side="left")
+        last = np.searchsorted(lengths, of_block[-1] * (1 + tolerance), side="right")
+        for near in range(int(first), int(last), _BLOCK):
+            chosen = slice(near, min(near + _BLOCK, int(last)))
+            is_near = _distances(candidates.words[block], words[chosen]) <= max_distance
+            gap = np.abs(of_block[:, None] - lengths[None, chosen])
+            is_near &= gap <= tolerance * lengths[None, chosen]
+            found[block] |= is_near.any(axis=1)
+    return found
+
+
+def _distances(
+    left: UInt64[np.ndarray, "n w"], right: UInt64[np.ndarray, "m w"]
+) -> UInt16[np.ndarray, "n m"]:
+    total = np.zeros((len(left), len(right)), dtype=np.uint16)
+    for word in range(left.shape[1]):
+        total += np.bitwise_count(left[:, word, None] ^ right[None, :, word])
+    return total
+
+
+def _ink_box(grey: UInt8[np.ndarray, "height width"]) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what is darker than paper; the whole image if nothing is."""
+    columns = np.flatnonzero(grey.min(axis=0) < _INK)
+    rows = np.flatnonzero(grey.min(axis=1) < _INK)
+    if not len(columns):
+        return 0, 0, grey.shape[1], grey.shape[0]
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

@@ -1,0 +1,280 @@
+"""The ViDoRe/BEIR Parquet layout on disk: tables in and out, files replaced together or not at all.
+
+A dataset folder holds `corpus/`, `queries/` and `qrels/`, one Parquet file a split in each, and a
+README whose `configs:` tell `datasets` where they are. New files are written to `.staging/` first;
+`.staging/commit.json` then says that they count. Whoever is killed before it leaves the old
+dataset, whoever is killed after it the new one: readers look through the journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from colfolio.errors import DatasetError
+
+CONFIGS = ("corpus", "queries", "qrels")
+SPLITS = ("train", "validation", "test")
+STAGING = ".staging"
+_COMMIT = "commit.json"
+_FILE_NAME = re.compile(r"^(?P<split>.+?)(?:-\d{5}-of-\d{5}.*)?\.parquet$")
+_FRONT_MATTER = re.compile(r"\A---\n(.*?\n)---\n?", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of the layout: its name, the other names it goes by, its type."""
+
+    name: str
+    aliases: tuple[str, ...]
+    type: pa.DataType
+    feature: dict[str, Any]
+    is_required: bool = True
+
+
+def _value(dtype: str) -> dict[str, Any]:
+    return {"dtype": dtype, "_type": "Value"}
+
+
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_BOX = pa.list_(pa.float32())
+_BOX_FEATURE = {"feature": _value("float32"), "_type": "Sequence"}
+_QUERY_ID = Column("query-id", ("query_id", "_id", "id"), pa.string(), _value("string"))
+_CORPUS_ID = Column("corpus-id", ("corpus_id", "_id", "id"), pa.string(), _value("string"))
+_DOC_ID = ("doc_id",)
+_PAGE = ("page_number", "page_number_in_doc", "page")
+COLUMNS: dict[str, tuple[Column, ...]] = {
+    "corpus": (
+        _CORPUS_ID,
+        Column("image", (), _IMAGE, {"_type": "Image"}),
+        Column("doc-id", _DOC_ID, pa.string(), _value("string"), is_required=False),
+        Column("page-number", _PAGE, pa.int64(), _value("int64"), is_required=False),
+        Column("box", (), _BOX, _BOX_FEATURE, is_required=False),
+        Column("kind", (), pa.string(), _value("string"), is_required=False),
+    ),
+    "queries": (
+        _QUERY_ID,
+        Column("query", ("text",), pa.string(), _value("string")),
+        Column("kind", (), pa.string(), _value("string"), is_required=False),
+        Column("seen", (), pa.bool_(), _value("bool"), is_required=False),
+    ),
+    "qrels": (
+        Column("query-id", ("query_id",), pa.string(), _value("string")),
+        Column("corpus-id", ("corpus_id",), pa.string(), _value("string")),
+        Column("score", (), pa.int64(), _value("int64")),
+    ),
+}
+
+
+def schema_of(config: str) -> pa.Schema:
+    """The Arrow schema of a table, with the features that `datasets` reads."""
+    columns = COLUMNS[config]
+    features = {column.name: column.feature for column in columns}
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    return pa.schema([(column.name, column.type) for column in columns], metadata=metadata)
+
+
+def file_of(config: str, split: str) -> str:
+    """Where the table of a split stands in its folder."""
+    return f"{config}/{split}-00000-of-00001.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """The three tables of a split under their own column names, and where they came from.
+
+    Args:
+        corpus: columns as in `COLUMNS`; optional ones may be missing.
+        queries: likewise.
+        qrels: likewise.
+        root: the folder that image paths are relative to.
+        name: the dataset's name, for people.
+    """
+
+    corpus: pa.Table
+    queries: pa.Table
+    qrels: pa.Table
+    root: Path
+    name: str
+
+
+def splits_in(folder: Path) -> list[str]:
+    """The splits that all three tables of a folder have: train, validation, test, then others."""
+    files = _split_files(folder)
+    return ordered(set.intersection(*(set(files[config]) for config in CONFIGS)))
+
+
+def read_split(folder: Path, split: str, name: str) -> Tables:
+    """The tables of one split.
+
+    Raises:
+        DatasetError: the split does not exist (those that do are listed), a file is damaged, a
+            column is missing or of the wrong type.
+    """
+    files = _split_files(folder)
+    for config in CONFIGS:
+        if split not in files[config]:
+            found = ", ".join(ordered(files[config])) or "none"
+            raise DatasetError(
+                f"{name}: there is no split {split!r} of {config!r}; splits found: {found}"
+            )
+    tables = [_read_table(files[config][split], config) for config in CONFIGS]
+    return Tables(*tables, root=folder, name=name)
+
+
+def ordered(splits: Iterable[str]) -> list[str]:
+    known = {split: place for place, split in enumerate(SPLITS)}
+    return sorted(splits, key=lambda split: (known.get(split, len(SPLITS)), split))
+
+
+def _split_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """Parquet files by config and split: as the README says, else by their names."""
+    present = _present(folder)
+    patterns = _patterns(present.get("README.md"))
+    found: dict[str, dict[str, list[Path]]] = {}
+    for config in CONFIGS:
+        found[config] = {
+            split: [present[name] for name in sorted(present) if _matches(name, wanted)]
+            for split, wanted in patterns.get(config, {}).items()
+        }
+        found[config] = {split: files for split, files in found[config].items() if files}
+        if not found[config]:
+            found[config] = _by_name(present, config)
+    return found
+
+
+def _present(folder: Path) -> dict[str, Path]:
+    """Every Parquet file and the README by relative name, seen through an unfinished commit."""
+    paths = [*folder.glob("*.md"), *folder.glob("*.parquet"), *folder.glob("[!.]*/**/*.parquet")]
+    present = {path.relative_to(folder).as_posix(): path for path in paths}
+    journal = _journal(folder)
+    for name in journal["files"]:
+        staged = folder / STAGING / name
+        if staged.exists():
+            present[name] = staged
+    return {name: path for name, path in present.items() if name not in journal["removed"]}
+
+
+def _patterns(readme: Path | None) -> dict[str, dict[str, list[str]]]:
+    patterns: dict[str, dict[str, list[str]]] = {}
+    for config in _front_matter(readme).get("configs") or []:
+        try:
+            entries = config["data_files"]
+            patterns[config["config_name"]] = {
+                entry["split"]: [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
+                for entry in entries
+            }
+        except (TypeError, KeyError):  # another of the forms that the hub allows: go by file names
+            continue
+    return patterns
+
+
+def _front_matter(readme: Path | None) -> dict[str, Any]:
+    if readme is None:
+        return {}
+    found = _FRONT_MATTER.match(readme.read_text(encoding="utf-8", errors="replace"))
+    try:
+        values = yaml.safe_load(found.group(1)) if found else None
+    except yaml.YAMLError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return name.endswith(".parquet") and any(fnmatch.fnmatch(name, each) for each in patterns)
+
+
+def _by_name(present: dict[str, Path], config: str) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for name in sorted(present):
+        path = PurePosixPath(name)
+        matched = _FILE_NAME.match(path.name)
+        if matched and path.parent == PurePosixPath(config):
+            found.setdefault(matched["split"], []).append(present[name])
+    return found
+
+
+def _read_table(files: Sequence[Path], config: str) -> pa.Table:
+    parts = [_read_file(file, config) for file in files]
+    return pa.concat_tables(parts, promote_options="default")
+
+
+def _read_file(file: Path, config: str) -> pa.Table:
+    try:
+        with pq.ParquetFile(file, memory_map=True) as parquet:
+            names = _column_names(parquet.schema_arrow.names, file, config)
+            table = parquet.read(columns=list(names.values()))
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{file}: cannot be read as Parquet ({error})") from None
+    columns = {}
+    for column in COLUMNS[config]:
+        if column.name in names:
+            columns[column.name] = _cast(table.column(names[column.name]), column, file)
+    return pa.table(columns)
+
+
+def _column_names(given: Sequence[str], file: Path, config: str) -> dict[str, str]:
+    """Our name -> the name in the file, of every column that is there."""
+    names = {}
+    for column in COLUMNS[config]:
+        name = next((each for each in (column.name, *column.aliases) if each in given), None)
+        if name is not None:
+            names[column.name] = name
+        elif column.is_required:
+            raise DatasetError(
+                f"{file}: column {column.name!r} is missing; columns found: {', '.join(given)}; "
+                f"a {config} file needs "
+                + ", ".join(repr(each.name) for each in COLUMNS[config] if each.is_required)
+            )
+    return names
+
+
+def _cast(values: pa.ChunkedArray, column: Column, file: Path) -> pa.ChunkedArray:
+    try:
+        if column.type == _IMAGE:
+            return _image_column(values)
+        return values.cast(column.type)
+    except (pa.ArrowException, KeyError) as error:
+        raise DatasetError(
+            f"{file}: column {column.name!r} is of type {values.type}, which does not fit "
+            f"{column.type} ({error})"
+        ) from None
+
+
+def _image_column(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Images as a struct of bytes and path, from such a struct, bare bytes, or bare paths."""
+    if pa.types.is_struct(values.type):
+        names = [field.name for field in values.type]
+        if names == ["bytes", "path"]:
+            return values.cast(_IMAGE)
+        chunks = [
+            pa.StructArray.from_arrays(
+                [
+                    chunk.field(name).cast(kind) if name in names else pa.nulls(len(chunk), kind)
+                    for name, kind in (("bytes", pa.binary()), ("path", pa.string()))
+                ],
+                names=["bytes", "path"],
+            )
+            for chunk in values.chunks
+        ]
+        return pa.chunked_array(chunks, type=_IMAGE)
+    is_path = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    chunks = []
+    for chunk in values.cast(pa.string() if is_path else pa.binary()).chunks:
+        absent = pa.nulls(len(chunk), pa.binary() if is_path else pa.string())
+        fields = [absent, chunk] if is_path else [chunk, absent]
+        chunks.append(pa.StructArray.from_arrays(fields, names=["bytes", "path"]))
+    return pa.chunked_array(chunks, type=_IMAGE)

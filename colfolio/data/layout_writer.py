@@ -1,0 +1,85 @@
+"""The tables of a split written in the ViDoRe/BEIR layout, and the README that tells where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from colfolio.data.layout import CONFIGS, file_of, ordered, schema_of, split_front_matter
+from colfolio.data.staging import Staging
+
+
+def stage_split(
+    staging: Staging,
+    split: str,
+    corpus: Iterable[pa.Table],
+    queries: pa.Table,
+    qrels: pa.Table,
+) -> None:
+    """Write the three tables of a split aside; the corpus comes in pieces and is streamed."""
+    schema = schema_of("corpus")
+    leaves = {"image.bytes": "NONE"}  # PNG and JPEG are compressed already
+    others = ["corpus-id", "image.path", "doc-id", "page-number", "box.list.element", "kind"]
+    compression = leaves | dict.fromkeys(others, "ZSTD")
+    with pq.ParquetWriter(
+        staging.path(file_of("corpus", split)),
+        schema,
+        compression=compression,
+        use_dictionary=["doc-id", "kind"],  # pyright: ignore[reportArgumentType]
+        write_statistics=False,  # pyright: ignore[reportArgumentType]
+    ) as writer:
+        for table in corpus:
+            writer.write_table(_conform(table, "corpus"))
+    for config, table in (("queries", queries), ("qrels", qrels)):
+        pq.write_table(
+            _conform(table, config), staging.path(file_of(config, split)), compression="ZSTD"
+        )
+
+
+def stage_readme(staging: Staging, splits: Sequence[str]) -> None:
+    """Write a README whose `configs:` name the files of these splits; keep what else it says."""
+    existing = staging.folder / "README.md"
+    text = existing.read_text(encoding="utf-8") if existing.exists() else ""
+    found = _FRONT_MATTER.match(text)
+    body = text[found.end() :] if found else text or _README_BODY
+    matter = _front_matter(existing if existing.exists() else None)
+    matter["configs"] = [
+        {
+            "config_name": config,
+            "data_files": [
+                {"split": split, "path": file_of(config, split)} for split in ordered(splits)
+            ],
+        }
+        for config in CONFIGS
+    ]
+    front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
+    staging.path("README.md").write_text(f"---\n{front}---\n{body}", encoding="utf-8")
+
+
+_README_BODY = """
+# Page images and queries
+
+Written by `colfolio prepare` in the ViDoRe/BEIR layout. `corpus` holds the images with their
+document, page (counted from 0) and box (left, top, right, bottom as fractions of the page);
+`queries` the texts; `qrels` which image answers which query.
+
+```python
+from datasets import load_dataset
+corpus = load_dataset("path/to/this/folder", "corpus", split="test")
+```
+"""
+
+
+def _conform(table: pa.Table, config: str) -> pa.Table:
+    """The table with every column of the layout, in order, missing ones null."""
+    schema = schema_of(config)
+    columns = [
+        table.column(field.name).cast(field.type)
+        if field.name in table.column_names
+        else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)

@@ -1,0 +1,80 @@
+"""Templates to token ids: what the model reads around a query and around an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from colfolio.config import Settings
+from colfolio.errors import CheckpointError
+
+IMAGE_TOKEN = "<|image_pad|>"
+QUERY_SLOT = "{query}"
+
+
+class Templates(Settings):
+    """The strings around a query and around an image, as a checkpoint was trained with them.
+
+    Args:
+        query: holds `{query}` once.
+        query_suffix: an augmentation token (query expansion of ColBERT), put behind the query
+            `num_query_suffix` times.
+        document: holds `<|image_pad|>` once; it is repeated once a visual token.
+    """
+
+    query: str = QUERY_SLOT
+    query_suffix: str = "<|endoftext|>"
+    num_query_suffix: int = 10
+    document: str = (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
+        "Describe the image.<|im_end|><|endoftext|>"
+    )
+
+
+class Prompter:
+    """Token ids of queries and documents under one set of templates.
+
+    Raises:
+        CheckpointError: a template lacks its slot, or the tokenizer lacks a special token of it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, templates: Templates) -> None:
+        if templates.query.count(QUERY_SLOT) != 1 or templates.document.count(IMAGE_TOKEN) != 1:
+            raise CheckpointError(
+                f"templates: the query needs {QUERY_SLOT} once and the document {IMAGE_TOKEN} once,"
+                f" received {templates.query!r} and {templates.document!r}"
+            )
+        self.image_token_id = _special_id(tokenizer, IMAGE_TOKEN)
+        suffix = _special_id(tokenizer, templates.query_suffix)
+        self._tokenizer = tokenizer
+        self._query = templates.query
+        self._suffix = [suffix] * templates.num_query_suffix
+        before, after = templates.document.split(IMAGE_TOKEN)
+        self._before = tokenizer.encode(before, add_special_tokens=False).ids
+        self._after = tokenizer.encode(after, add_special_tokens=False).ids
+
+    @property
+    def num_before_image(self) -> int:
+        """Tokens of a document that stand before its visual tokens."""
+        return len(self._before)
+
+    def query_ids(self, queries: Sequence[str]) -> list[list[int]]:
+        """Token ids of each query: template, then augmentation tokens."""
+        texts = [self._query.replace(QUERY_SLOT, query) for query in queries]
+        encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [encoding.ids + self._suffix for encoding in encoded]
+
+    def document_ids(self, num_visual_tokens: Sequence[int]) -> list[list[int]]:
+        """Token ids of documents with so many visual tokens each."""
+        return [
+            self._before + [self.image_token_id] * count + self._after
+            for count in num_visual_tokens
+        ]
+
+
+def _special_id(tokenizer: Tokenizer, token: str) -> int:
+    index = tokenizer.token_to_id(token)
+    if index is None:
+        raise CheckpointError(f"the tokenizer has no token {token!r}, which the templates use")
+    return index

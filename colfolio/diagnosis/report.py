@@ -1,0 +1,194 @@
+"""The report of a run: one HTML file that holds everything it shows and needs no network.
+
+It is rendered from plain values (`ReportData`); every text in it is escaped. Images lie in the file
+as data URIs, curves as inline SVG.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import jinja2
+import numpy as np
+from jaxtyping import UInt8
+from markupsafe import Markup
+from PIL import Image
+
+from colfolio.diagnosis.charts import training_charts
+from colfolio.diagnosis.training_log import TrainingLog
+
+MAX_REPORT_BYTES = 3_000_000
+
+_PAGE_WIDTHS = (900, 700, 520, 380, 260)  # the first at which the file is small enough
+
+
+@runtime_checkable
+class MetricLike(Protocol):
+    """A mean with its interval beside chance and a baseline; `evaluation.Metric` is one."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def value(self) -> float: ...  # noqa: D102
+    @property
+    def low(self) -> float: ...  # noqa: D102
+    @property
+    def high(self) -> float: ...  # noqa: D102
+    @property
+    def chance(self) -> float: ...  # noqa: D102
+    @property
+    def baseline(self) -> float: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Highlight:
+    """A number at the top of the report, ready to print, and what it stands beside."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandRun:
+    """A command as typed, and how long it took."""
+
+    command: str
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MetricTable:
+    """An evaluation: its metrics, and the same ones over queries unseen in training if known."""
+
+    title: str
+    metrics: Sequence[MetricLike]
+    unseen: Sequence[MetricLike] = ()
+    caption: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RankedImage:
+    """A candidate among the top of a query."""
+
+    image: UInt8[np.ndarray, "height width 3"]
+    score: float
+    caption: str
+    is_right: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A query, the image that answers it with its rank, and the images ranked first."""
+
+    query: str
+    rank: int
+    answer: UInt8[np.ndarray, "height width 3"]
+    top: Sequence[RankedImage]
+    caption: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PageHit:
+    """A page found for a query, its heat map drawn in; `is_right` is None where nobody knows."""
+
+    query: str
+    image: UInt8[np.ndarray, "height width 3"]
+    caption: str
+    score: float
+    is_right: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReportData:
+    """All that a report shows; a part that is empty is left out.
+
+    Args:
+        title: the heading.
+        summary: a sentence or two below it.
+        highlights: the numbers that matter.
+        commands: what was run, in order.
+        recipe: the training recipe as YAML.
+        log: the training run's log.
+        chance_ndcg: nDCG@5 of a random order of the validation candidates.
+        tables: evaluations.
+        hits: queries whose answer came first.
+        misses: queries whose answer did not.
+        page_hits: answers on whole pages.
+        notes: what the reader should know, a paragraph each.
+        environment: name and value: machine, versions, seed.
+    """
+
+    title: str
+    summary: str = ""
+    highlights: Sequence[Highlight] = ()
+    commands: Sequence[CommandRun] = ()
+    recipe: str = ""
+    log: TrainingLog | None = None
+    chance_ndcg: float | None = None
+    tables: Sequence[MetricTable] = ()
+    hits: Sequence[Example] = ()
+    misses: Sequence[Example] = ()
+    page_hits: Sequence[PageHit] = ()
+    notes: Sequence[str] = ()
+    environment: Sequence[tuple[str, str]] = ()
+
+
+def write_report(report: ReportData, path: Path) -> None:
+    """Write the report, aside first and then renamed, so that no half-written file is left."""
+    aside = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        aside.write_text(render_report(report), encoding="utf-8")
+        aside.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def render_report(report: ReportData) -> str:
+    """The report as HTML; pages are shown at the largest width that keeps it below 3 MB."""
+    template = _environment().get_template("report.html")
+    charts = [] if report.log is None else training_charts(report.log, report.chance_ndcg)
+    curves = [(title, Markup(svg)) for title, svg in charts]
+    html = ""
+    for width in _PAGE_WIDTHS:
+        html = template.render(report=report, curves=curves, page_width=width)
+        if len(html.encode()) <= MAX_REPORT_BYTES:
+            break
+    return html
+
+
+def image_uri(image: UInt8[np.ndarray, "height width 3"], max_width: int) -> str:
+    """The image as a WebP data URI, scaled down to a width."""
+    picture = Image.fromarray(image)
+    if picture.width > max_width:
+        height = max(1, round(picture.height * max_width / picture.width))
+        picture = picture.resize((max_width, height), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    picture.save(stream, format="WEBP", quality=75, method=4)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("colfolio.diagnosis", package_path=""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["image_uri"] = image_uri
+    environment.filters["duration"] = _duration
+    return environment
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

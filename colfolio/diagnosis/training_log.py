@@ -1,0 +1,102 @@
+"""Reads the log of a training run: one JSON object a line, as written while it went on.
+
+A run may have been killed in the middle of a line, and a resumed run repeats the steps since its
+last checkpoint: a line that cannot be read is left out and counted, and of a step that occurs twice
+the later line stands.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from colfolio.errors import ColfolioError
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedStep:
+    """One training step: its loss beside the loss of scores without information, and its pace."""
+
+    step: int
+    loss: float
+    chance: float | None
+    margin: float | None
+    lr: float | None
+    rows_per_second: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedEvaluation:
+    """One evaluation during training: every number that the line holds, by name."""
+
+    step: int
+    split: str
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingLog:
+    """What a run wrote, in the order of its steps.
+
+    Args:
+        steps: training steps, rising.
+        evaluations: evaluations during training, rising.
+        num_unreadable: lines left out, such as the last line of a run that was killed.
+    """
+
+    steps: tuple[LoggedStep, ...]
+    evaluations: tuple[LoggedEvaluation, ...]
+    num_unreadable: int = 0
+
+
+def read_log(path: Path) -> TrainingLog:
+    """The steps and evaluations of a `log.jsonl`; lines of other kinds are passed over.
+
+    Raises:
+        ColfolioError: the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ColfolioError(f"{path}: the training log cannot be read ({error.strerror})") from None
+    steps: dict[int, LoggedStep] = {}
+    evaluations: dict[tuple[int, str], LoggedEvaluation] = {}
+    num_unreadable = 0
+    for line in filter(None, map(bytes.strip, lines)):
+        try:
+            _take(json.loads(line), steps, evaluations)
+        except (ValueError, KeyError, TypeError):  # no JSON, a key is missing, not a number
+            num_unreadable += 1
+    return TrainingLog(
+        tuple(steps[step] for step in sorted(steps)),
+        tuple(evaluations[key] for key in sorted(evaluations)),
+        num_unreadable,
+    )
+
+
+def _take(
+    row: dict[str, Any],
+    steps: dict[int, LoggedStep],
+    evaluations: dict[tuple[int, str], LoggedEvaluation],
+) -> None:
+    kind = row["kind"]
+    if kind == "step":
+        step = int(row["step"])
+        others = [_number(row.get(name)) for name in ("chance", "margin", "lr", "rows_per_second")]
+        steps[step] = LoggedStep(step, float(row["loss"]), *others)
+    elif kind == "evaluation":
+        values = {
+            name: float(value)
+            for name, value in row.items()
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value)
+        }
+        found = LoggedEvaluation(int(row["step"]), str(row.get("split", "")), values)
+        evaluations[found.step, found.split] = found
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)

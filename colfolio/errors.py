@@ -1,0 +1,34 @@
+"""What a user of Colfolio can catch.
+
+Every class is a `ValueError`, so that a caller who does not care which file was at fault needs to
+know nothing of this module. A message states the rule, what was received, where, and what to do.
+"""
+
+
+class ColfolioError(ValueError):
+    """A mistake in what Colfolio was given, or an input that it cannot honour."""
+
+
+class DocumentError(ColfolioError):
+    """A document that cannot be read: damaged, encrypted, empty, too large, of an unknown kind."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class DatasetError(ColfolioError):
+    """A dataset whose columns, ids or relevance judgements do not fit together."""
+
+
+class RecipeError(ColfolioError):
+    """A recipe with an unknown key, a value out of range, or a wish that cannot be honoured."""
+
+
+class CheckpointError(ColfolioError):
+    """A model or training state that is incomplete, damaged, or not what it claims to be."""
+
+
+class IndexStoreError(ColfolioError):
+    """A search index that is missing, damaged, or was made by another model."""

@@ -1,0 +1,52 @@
+"""Scores and relevance judgements to metrics, beside chance and a baseline that reads nothing."""
+
+from colfolio.evaluation.baseline import InkLine, fit_ink_line
+from colfolio.evaluation.benchmark import (
+    Encoder,
+    evaluate_index,
+    evaluate_model,
+    quick_metrics,
+    score_index,
+    score_model,
+)
+from colfolio.evaluation.bootstrap import bootstrap_interval
+from colfolio.evaluation.metrics import (
+    METRICS,
+    RelevantRanks,
+    chance,
+    mean_metrics,
+    per_query,
+    ranks,
+)
+from colfolio.evaluation.results import (
+    Evaluation,
+    Metric,
+    Outcome,
+    Scored,
+    evaluate_scores,
+    outcomes,
+)
+
+__all__ = [
+    "METRICS",
+    "Encoder",
+    "Evaluation",
+    "InkLine",
+    "Metric",
+    "Outcome",
+    "RelevantRanks",
+    "Scored",
+    "bootstrap_interval",
+    "chance",
+    "evaluate_index",
+    "evaluate_model",
+    "evaluate_scores",
+    "fit_ink_line",
+    "mean_metrics",
+    "outcomes",
+    "per_query",
+    "quick_metrics",
+    "ranks",
+    "score_index",
+    "score_model",
+]

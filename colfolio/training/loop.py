@@ -1,0 +1,180 @@
+"""One training step after another, as a generator; its consumer prints, evaluates and saves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch.optim import AdamW
+
+from colfolio.batch import ContrastiveBatch
+from colfolio.config import Settings
+from colfolio.data.contrastive import BatchSettings, BatchSource, DrawnBatch
+from colfolio.data.dataset import RetrievalDataset
+from colfolio.data.sampler import SamplerPosition
+from colfolio.maxsim import maxsim
+from colfolio.models.retriever import Retriever
+from colfolio.training.losses import LossSettings, ScoreSummary, check_masks, info_nce
+from colfolio.training.optim import (
+    OptimiserSettings,
+    build_optimiser,
+    learning_rate,
+    optimiser_step,
+)
+
+
+class TrainSettings(Settings):
+    """What determines the weights that come out.
+
+    Args:
+        steps: optimiser steps of the whole run.
+        seed: of the order of the data.
+        precision: `auto` is bf16 autocast where the machine computes it natively, else fp32.
+        gradient_checkpointing: keep only the borders of layers and compute the rest again.
+        threads: CPU threads; None leaves them as they are. Another number rounds otherwise.
+    """
+
+    steps: int = Field(ge=1)
+    seed: int = 0
+    batch: BatchSettings = BatchSettings()
+    loss: LossSettings = LossSettings()
+    optimiser: OptimiserSettings = OptimiserSettings()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    gradient_checkpointing: bool = False
+    threads: int | None = Field(default=None, ge=1)
+
+
+@dataclass(slots=True)
+class TrainingState:
+    """Everything that a step changes."""
+
+    retriever: Retriever
+    optimiser: AdamW
+    settings: TrainSettings
+    step: int = 0
+    position: SamplerPosition = field(default_factory=SamplerPosition)
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step did.
+
+    Args:
+        step: counted from 1; so many steps are done.
+        loss, chance, margin, spread, candidates, accuracy: see `ScoreSummary`.
+        gradient_norm: of all parameters together, before clipping.
+        lr: the learning rate of the step.
+        seconds: of the step, waiting for its batch included.
+        rows_per_second: queries, each with its document.
+    """
+
+    step: int
+    loss: float
+    chance: float
+    margin: float
+    spread: float
+    candidates: float
+    accuracy: float
+    gradient_norm: float
+    lr: float
+    seconds: float
+    rows_per_second: float
+
+
+def start_training(retriever: Retriever, settings: TrainSettings) -> TrainingState:
+    """The state before the first step."""
+    retriever.train()
+    if settings.gradient_checkpointing:
+        retriever.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    return TrainingState(retriever, build_optimiser(retriever, settings.optimiser), settings)
+
+
+def train(state: TrainingState, dataset: RetrievalDataset) -> Iterator[StepReport]:
+    """Train until the settings' number of steps; between two reports the state is whole.
+
+    Raises:
+        DatasetError: the split has fewer queries than a batch has rows.
+        ValueError: a batch has a query without a positive or without a negative.
+        FloatingPointError: the loss or the gradient is no longer finite.
+    """
+    settings = state.settings
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    source = BatchSource(dataset, state.retriever.collator, settings.batch, settings.seed)
+    begin = time.perf_counter()
+    for drawn in _ahead(source.batches(state.position), settings.steps - state.step):
+        rate = learning_rate(state.step, settings.steps, settings.optimiser)
+        summary = _backward(state.retriever, drawn.batch, settings)
+        norm = optimiser_step(state.retriever, state.optimiser, rate, settings.optimiser)
+        state.step += 1
+        state.position = drawn.after
+        end = time.perf_counter()
+        yield _report(state.step, summary, norm, rate, end - begin, len(drawn.batch.queries))
+        begin = time.perf_counter()
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype to compute in, None for the weights' own."""
+    if precision == "fp32":
+        return None
+    if precision == "bf16" or _computes_bf16(device):
+        return torch.bfloat16
+    return None
+
+
+def _backward(
+    retriever: Retriever, batch: ContrastiveBatch, settings: TrainSettings
+) -> ScoreSummary:
+    check_masks(batch.positives, batch.ignored)
+    batch = batch.to(retriever.device)
+    dtype = autocast_dtype(settings.precision, retriever.device)
+    with torch.autocast(retriever.device.type, dtype=dtype, enabled=dtype is not None):
+        queries, documents = retriever(batch.queries), retriever(batch.documents)
+    scores = maxsim(queries, documents)
+    summary = info_nce(scores, batch.positives, batch.ignored, settings.loss)
+    summary.loss.backward()
+    return summary
+
+
+def _report(
+    step: int, summary: ScoreSummary, norm: torch.Tensor, rate: float, seconds: float, rows: int
+) -> StepReport:
+    """One transfer from the device for all numbers of a step."""
+    numbers = torch.stack(
+        [
+            summary.loss.detach(),
+            summary.chance,
+            summary.margin,
+            summary.spread,
+            summary.candidates,
+            summary.accuracy,
+            norm.to(summary.loss.dtype),
+        ]
+    ).tolist()
+    loss, *_, gradient_norm = numbers
+    if not (abs(loss) < float("inf") and gradient_norm < float("inf")):
+        raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {gradient_norm}")
+    return StepReport(step, *numbers, lr=rate, seconds=seconds, rows_per_second=rows / seconds)
+
+
+def _ahead(batches: Iterator[DrawnBatch], count: int) -> Iterator[DrawnBatch]:
+    """So many batches, each made in a thread while the one before it is trained on."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="collate") as pool:
+        coming = pool.submit(next, batches) if count > 0 else None
+        for remaining in range(count - 1, -1, -1):
+            assert coming is not None
+            drawn = coming.result()
+            coming = pool.submit(next, batches) if remaining else None
+            yield drawn
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # without these instructions bf16 on a CPU is slower than fp32
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

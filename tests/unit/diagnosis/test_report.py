@@ -1,0 +1,185 @@
+import math
+import re
+from dataclasses import dataclass
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from colfolio.diagnosis import report as report_module
+from colfolio.diagnosis.report import (
+    MAX_REPORT_BYTES,
+    CommandRun,
+    Example,
+    Highlight,
+    MetricTable,
+    PageHit,
+    RankedImage,
+    ReportData,
+    image_uri,
+    render_report,
+    write_report,
+)
+from colfolio.diagnosis.training_log import LoggedEvaluation, LoggedStep, TrainingLog
+
+HOSTILE = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}</title>"
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+@dataclass(frozen=True)
+class Mean:
+    name: str = "ndcg@5"
+    value: float = 0.657
+    low: float = 0.633
+    high: float = 0.68
+    chance: float = 0.0019
+    baseline: float = 0.0023
+
+
+class Page(HTMLParser):
+    """Elements and words of a page; a tag that closes another one than it should is an error."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.words = ""
+        self.open: list[str] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+def example(query: str, rank: int, caption: str = "manual.pdf, page 3") -> Example:
+    top = [RankedImage(picture(28, 196, i), 9.5 - i, caption, i + 1 == rank) for i in range(3)]
+    return Example(query, rank, picture(28, 196), top, caption)
+
+
+def full_report(text: str = "Usage notes", num_steps: int = 300) -> ReportData:
+    steps = [LoggedStep(n, 5 / n, math.log(128), 0.1, 1e-3, 900.0) for n in range(1, num_steps)]
+    evaluations = (LoggedEvaluation(100, "validation", {"ndcg@5": 0.4}),)
+    return ReportData(
+        title=text,
+        summary=text,
+        highlights=[Highlight(text, text, text)],
+        commands=[CommandRun(text, 75.0), CommandRun("colfolio evaluate")],
+        recipe=text,
+        log=TrainingLog(tuple(steps), evaluations, num_unreadable=1),
+        chance_ndcg=0.006,
+        tables=[MetricTable(text, [Mean()], [Mean(value=0.612)], text), MetricTable("b", [Mean()])],
+        hits=[example(text, 1, text)],
+        misses=[example(text, 1234, text)],
+        page_hits=[PageHit(text, picture(60, 40), text, 3.0, flag) for flag in (True, False, None)],
+        notes=[text],
+        environment=[(text, text)],
+    )
+
+
+def test_every_part_is_shown_in_well_formed_html():
+    page = Page(render_report(full_report()))
+    for words in (
+        "Usage notes",
+        "0.657",
+        "[0.633, 0.680]",
+        "0.0019",
+        "0.0023",
+        "unseen titles",
+        "0.612",
+        "Loss",
+        "nDCG@5 on validation",
+        "1 unreadable line(s)",
+        "1 min 15 s",
+        "right answer at rank 1,234",
+        "✓ right",
+        "✗ wrong",
+        "Hits",
+        "Misses",
+        "Recipe",
+    ):
+        assert words in page.words, words
+
+
+def test_a_report_of_nothing_but_a_title_has_no_empty_parts():
+    page = Page(render_report(ReportData(title="Empty")))
+    assert "h2" not in {tag for tag, _ in page.elements}
+
+
+def test_hostile_text_stays_text_wherever_it_stands():
+    page = Page(render_report(full_report(HOSTILE)))
+    harmless = Page(render_report(full_report("harmless")))
+    assert [tag for tag, _ in page.elements] == [tag for tag, _ in harmless.elements]
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert not any(name.startswith("on") for _, attrs in page.elements for name in attrs)
+    assert page.words.count("{{ 7 * 7 }}") == harmless.words.count("harmless")
+
+
+def test_a_report_names_nothing_outside_itself():
+    html = render_report(full_report())
+    for tag, attributes in Page(html).elements:
+        assert tag not in {"script", "link", "iframe", "object", "base"}
+        for name, value in attributes.items():
+            if name in {"src", "href", "xlink:href", "srcset", "action"}:
+                assert value.startswith(("data:image/webp;base64,", "#")), (tag, name)
+    for target in re.findall(r"url\(([^)]*)\)", html):
+        assert target.startswith("#"), target
+    assert "@import" not in html
+
+
+def test_a_browser_is_told_to_load_nothing():
+    assert "default-src 'none'; img-src data:" in render_report(ReportData(title="a"))
+
+
+def test_a_report_of_many_large_pages_stays_small():
+    pages = [PageHit("a", picture(1200, 900, i), "b", 1.0) for i in range(8)]
+    strips = [example("title", 2) for _ in range(20)]
+    html = render_report(ReportData(title="a", page_hits=pages, hits=strips, misses=strips))
+    assert len(html.encode()) < MAX_REPORT_BYTES
+
+
+def test_pages_keep_their_size_where_there_is_room(monkeypatch):
+    widths = []
+    original = report_module.image_uri
+    monkeypatch.setattr(
+        report_module,
+        "image_uri",
+        lambda image, width: widths.append(width) or original(image, width),
+    )
+    render_report(ReportData(title="a", page_hits=[PageHit("a", picture(140, 100), "b", 1.0)]))
+    assert widths == [900]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 4000), (4000, 1), (28, 392)])
+def test_an_image_of_any_shape_becomes_a_data_uri(height, width):
+    assert image_uri(picture(height, width), 300).startswith("data:image/webp;base64,")
+
+
+def test_a_report_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "out" / "report.html"
+    write_report(ReportData(title="first"), path)
+    monkeypatch.setattr(report_module, "render_report", lambda _report: "half\ud800")
+    with pytest.raises(UnicodeEncodeError):
+        write_report(ReportData(title="second"), path)
+    assert "first" in path.read_text(encoding="utf-8")
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+
+
+def test_a_title_in_any_script_survives(tmp_path):
+    path = tmp_path / "report.html"
+    write_report(ReportData(title="Übersicht 概要 ملخص"), path)
+    assert "Übersicht 概要 ملخص" in Page(path.read_text(encoding="utf-8")).words

@@ -1,0 +1,81 @@
+import json
+
+import pytest
+
+from colfolio.diagnosis.training_log import read_log
+from colfolio.errors import ColfolioError
+
+
+def step(number: int, **values) -> str:
+    row = {"kind": "step", "step": number, "loss": 4.0, "chance": 4.85, "margin": 0.1, "lr": 1e-3}
+    return json.dumps(row | {"rows_per_second": 900.0} | values)
+
+
+def evaluation(number: int, value: float, split: str = "validation") -> str:
+    return json.dumps({"kind": "evaluation", "step": number, "split": split, "ndcg@5": value})
+
+
+def write(path, *lines: str, end: str = "\n"):
+    path.write_text("\n".join(lines) + end)
+    return path
+
+
+def test_steps_and_evaluations_are_read_in_order(tmp_path):
+    log = read_log(write(tmp_path / "log.jsonl", step(2), evaluation(2, 0.3), step(1)))
+    assert [row.step for row in log.steps] == [1, 2]
+    assert (log.steps[0].loss, log.steps[0].chance, log.steps[0].lr) == (4.0, 4.85, 1e-3)
+    assert log.evaluations[0].values == {"ndcg@5": 0.3}
+    assert log.evaluations[0].split == "validation"
+    assert log.num_unreadable == 0
+
+
+@pytest.mark.parametrize("keep", range(1, len(step(2))))
+def test_the_last_line_of_a_killed_run_is_left_out(tmp_path, keep):
+    path = write(tmp_path / "log.jsonl", step(1), step(2)[:keep], end="")
+    log = read_log(path)
+    assert [row.step for row in log.steps] == [1]
+    assert log.num_unreadable == 1
+
+
+def test_a_line_cut_inside_a_character_is_left_out(tmp_path):
+    path = write(tmp_path / "log.jsonl", step(1))
+    path.write_bytes(path.read_bytes() + '{"kind": "step", "note": "é'.encode()[:-1])
+    assert read_log(path).num_unreadable == 1
+
+
+def test_a_line_glued_to_a_cut_one_is_counted(tmp_path):
+    log = read_log(write(tmp_path / "log.jsonl", step(1), step(2)[:20] + step(2), step(3)))
+    assert [row.step for row in log.steps] == [1, 3]
+    assert log.num_unreadable == 1
+
+
+def test_of_a_repeated_step_the_later_line_stands(tmp_path):
+    lines = [step(1, loss=3.0), step(2, loss=2.5), step(2, loss=2.0), evaluation(2, 0.1)]
+    log = read_log(write(tmp_path / "log.jsonl", *lines, evaluation(2, 0.2)))
+    assert [row.loss for row in log.steps] == [3.0, 2.0]
+    assert [row.values["ndcg@5"] for row in log.evaluations] == [0.2]
+
+
+def test_other_kinds_and_blank_lines_are_passed_over(tmp_path):
+    start = json.dumps({"kind": "start", "seed": 0})
+    log = read_log(write(tmp_path / "log.jsonl", start, "", step(1)))
+    assert len(log.steps) == 1
+    assert log.num_unreadable == 0
+
+
+def test_values_that_are_missing_or_no_numbers_are_none(tmp_path):
+    short = json.dumps(
+        {"kind": "step", "step": 1, "loss": 1.0, "chance": None, "margin": float("nan")}
+    )
+    (row,) = read_log(write(tmp_path / "log.jsonl", short)).steps
+    assert (row.chance, row.margin, row.lr, row.rows_per_second) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("line", ["[]", "3", '"text"', '{"kind": "step", "step": 1}', "{}"])
+def test_a_line_that_is_no_row_is_counted(tmp_path, line):
+    assert read_log(write(tmp_path / "log.jsonl", line)).num_unreadable == 1
+
+
+def test_a_missing_log_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(ColfolioError, match=r"log.jsonl: the training log cannot be read"):
+        read_log(tmp_path / "log.jsonl")
