@@ -125,9 +125,8 @@ def _batched(
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=causal, scale=scaling
         )
-    logits = (
-        (query * scaling) @ key.transpose(-1, -2)
-    ).float()  # [heads, sequences, length, length]
+    logits = (query * scaling) @ key.transpose(-1, -2)  # [heads, sequences, length, length]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if causal and length > 1:
         later = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
         logits = logits.masked_fill(later, float("-inf"))

@@ -42,7 +42,7 @@ def load_settings(
     """
     values = _read_mapping(path)
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return validated(values, kind, str(path))
 
 
@@ -52,6 +52,22 @@ def validated(values: dict[str, Any], kind: type[AnySettings], origin: str) -> A
         return kind.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{origin}: {_faults(error)}") from None
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `key=value` in nested plain values, in place; dots in the key go down a level."""
+    name, sign, text = override.partition("=")
+    if not sign or not name:
+        raise RecipeError(f"override {override!r}: expected key=value, as in optimiser.lr=3e-4")
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"override {override!r}: {parent!r} holds a value, not settings")
+    try:
+        values[leaf] = yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: is not valid YAML: {error}") from None
 
 
 def to_yaml(settings: Settings) -> str:
@@ -71,18 +87,6 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    name, sign, text = override.partition("=")
-    if not sign or not name:
-        raise RecipeError(f"override {override!r}: expected key=value, as in optimiser.lr=3e-4")
-    *parents, leaf = name.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise RecipeError(f"override {override!r}: {parent!r} holds a value, not settings")
-    values[leaf] = yaml.load(text, Loader=_RecipeLoader)
-
-
 def _faults(error: ValidationError) -> str:
     faults = []
     for fault in error.errors():
@@ -95,7 +99,18 @@ def _faults(error: ValidationError) -> str:
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.1 reads `3e-4` as a string; a recipe means the number."""
+    """YAML 1.1 reads `3e-4` as a string, and the last of two equal keys; a recipe means neither."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys are all different."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"key {key.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
 
 
 _RecipeLoader.yaml_implicit_resolvers = {

@@ -47,7 +47,7 @@ MOST_INPUT_PAGES = 800
 MOST_PAGES = 16
 MOST_FILE_BYTES = 1_900_000
 MOST_PAGE_IMAGE_BYTES = 25_000
-MOST_EXTRACT_BYTES = 330_000
+MOST_EXTRACT_BYTES = 200_000
 WHOLE_DOCUMENTS = frozenset(
     (
         "omniorb/omniorb",
@@ -124,11 +124,15 @@ LICENCE_TEXTS = {
     "Debian-FAQ": ("debian-faq_*/**/copyright", "  Copyright (C) 1996", ""),
     "GNATColl-docs": ("libgnatcoll-doc_*/**/copyright", "This document may be", "Files: "),
 }
+# Holders of TeX packages that name theirs in a place that this script does not read.
+HOLDERS = {"drawmatrix": "Elmar Peise", "matrix-skeleton": "Nicolas Dudebout"}
 # Fonts that are not free themselves; documents that embed them are left out.
 UNFREE_FONTS = re.compile(
-    r"Aldus|Hoefler|Lucida|Tiempos|^Unit[RS]|^Unit-|Hira(Min|Kaku|gino)|Verdana|ZapfHumanist|Minion"
+    r"^MT(EX|MI|SY)|Syntax"
+    r"|Aldus|Hoefler|Lucida|Tiempos|^Unit[RS]|^Unit-"
+    r"|Hira(Min|Kaku|gino)|Verdana|ZapfHumanist|Minion"
     r"|Myriad|^Arial|TimesNewRoman|Calibri|Cambria|Georgia|PalatinoLinotype|Optima|Zapfino|GillSans"
-    r"|Futura|Trebuchet|Consolas|CourierNew|Univers|Frutiger|Syntax|Garamond(Pro|Premier)|HelveticaN"
+    r"|Futura|Trebuchet|Consolas|CourierNew|Univers|Frutiger|Garamond(Pro|Premier)|HelveticaN"
     r"|Tahoma|Menlo|Monaco|Baskerville-|Didot|Segoe|^Corbel|Candara|Constantia|MTPro|Adobe|^Bembo"
 )
 SKIPPED = re.compile(
@@ -161,7 +165,8 @@ PREFACE = """# Sources of the bundled documents
 
 These are extracts of freely licensed documentation: chosen pages, unmodified in appearance, with
 the part of the outline that points to them.  Links, annotations, metadata and attachments were
-left out, so every file is a changed version of its original.  The whole originals, and the sources
+left out and most fonts cut down to the glyphs in use, so every file is a changed version of its
+original.  The whole originals, and the sources
 from which they were made, are in the named Debian packages (and the source packages of these) of
 Debian 12 "bookworm".  Licences were read from the copyright files of the packages; for the TeX Live
 packages from the list of licences per TeX package that comes with them.  The texts of the licences
@@ -200,7 +205,7 @@ PACKAGES: dict[str, tuple[str, str, str]] = {
         "Ian Jackson, Christian Schwarz, many Debian contributors",
     ),
     "debian-reference-en": ("debian-reference", "GPL-2.0-or-later", "Osamu Aoki"),
-    "debmake-doc": ("debmake-doc", "MIT", "Osamu Aoki"),
+    "debmake-doc": ("maint-guide", "MIT", "Osamu Aoki"),
     "developers-reference": (
         "developers-reference",
         "GPL-2.0-or-later",
@@ -318,9 +323,14 @@ def copyright_holders(texts: list[str]) -> str:
     for text in texts:
         match = notice.search(text)
         if match:
-            name = re.split(r"[.;] |all rights|this |permission|license", match[1], flags=re.I)[0]
-            name = re.sub(r"\s+", " ", name).strip(" .,;:-*%#`_")
-            if letters(name) >= 4:
+            name = re.split(
+                r"[`%#_;]|(?<=[a-z]{2})\. |,? \S*@|, \(| and others|all rights|this "
+                r"|permission|license| in \d| \d{4}",
+                match[1],
+                flags=re.I,
+            )[0]
+            name = re.sub(r"\s+", " ", name).strip(" .,;:-*\u00a9(")
+            if letters(name) >= 6 and not re.search(r"(?i)your name|^the authors?$", name):
                 return name
     return ""
 
@@ -539,8 +549,9 @@ def write_extract(data: bytes, candidate: Candidate, target: Path) -> None:
         for key in ("/Metadata", "/PageMode", "/OpenAction", "/Names", "/AcroForm", "/Outlines"):
             if key in extract.Root:
                 del extract.Root[key]
-        if "/Info" in extract.trailer:
-            del extract.trailer["/Info"]
+        for key in ("/Info", "/ID"):
+            if key in extract.trailer:
+                del extract.trailer[key]
         outline_into(extract, candidate.entries, candidate.pages)
         for page in extract.pages:
             fonts.update(page_fonts(page))
@@ -654,29 +665,37 @@ def spdx_of(words: str) -> str:
     return " AND ".join(names) if names and all(names) else ""
 
 
+def identify(package: str, place: str, tex: dict[str, tuple[str, str]]) -> tuple[str, ...]:
+    """Return family, TeX package, licence and copyright holders of a PDF at a place inside."""
+    if not package.startswith("texlive"):
+        family, licence, holders = PACKAGES.get(package, (slug(package), "", ""))
+        return family, "", licence, holders
+    matches = [key for key in tex if place.startswith(key + "/")]
+    project, words = tex[max(matches, key=len)] if matches else ("", "")
+    family = re.sub(r"(?<=[a-z]{3})[-_]?\d[-.\d]*$", "", slug(project))
+    return SIBLINGS.get(family, family), project, spdx_of(words), HOLDERS.get(project, "")
+
+
 def find_jobs(packages: Path, staging: Path) -> Iterator[tuple[str, str, dict[str, str]]]:
     """Yield every PDF below the package folders of which the licence is known."""
+    seen: set[str] = set()
     for folder in sorted(item for item in packages.iterdir() if item.is_dir()):
         package, version, _ = folder.name.split("_")
         tex = tex_licences(folder)
         for path in sorted(folder.rglob("*.pdf")) + sorted(folder.rglob("*.pdf.gz")):
             if not path.is_file() or path.is_symlink():
                 continue
-            inside = path.relative_to(folder).as_posix()
-            family, licence, holders = PACKAGES.get(package, (slug(package), "", ""))
-            if package.startswith("texlive"):
-                place = inside.partition("/texlive-doc/")[2]
-                matches = [key for key in tex if place.startswith(key + "/")]
-                family, words = tex[max(matches, key=len)] if matches else ("", "")
-                licence, holders = spdx_of(words), ""
-            name = slug(path.name.removesuffix(".gz").removesuffix(".pdf"))
-            if licence and not SKIPPED.search(f"{family}/{name}"):
-                if package.startswith("texlive"):
-                    family = re.sub(r"(?<=[a-z]{3})[-_]?\d[-.\d]*$", "", slug(family))
-                family = SIBLINGS.get(family, family)
-                facts = {"family": family, "name": name, "source": path.name.removesuffix(".gz")}
-                facts |= {"package": package, "version": unquote(version), "licence": licence}
-                yield str(path), str(staging), facts | {"holders": holders}
+            place = path.relative_to(folder).as_posix().partition("/texlive-doc/")[2]
+            family, project, licence, holders = identify(package, place, tex)
+            source = path.name.removesuffix(".gz")
+            name = slug(source.removesuffix(".pdf"))
+            key = f"{family}/{name}"
+            if not licence or key in seen or SKIPPED.search(key):
+                continue
+            seen.add(key)
+            facts = {"family": family, "name": name, "source": source, "project": project}
+            facts |= {"package": package, "version": unquote(version), "licence": licence}
+            yield str(path), str(staging), facts | {"holders": holders}
 
 
 def examine_all(packages: Path, staging: Path, workers: int) -> list[Candidate]:
@@ -793,16 +812,23 @@ def page_list(pages: list[int]) -> str:
     return ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in ranges)
 
 
+def tidy_holders(text: str) -> str:
+    """Return the names of copyright holders without addresses, signs and placeholders."""
+    text = re.split(r"`|%|,? \S*@| ,|, \(|, GitHub|, and is|\d{4}", text.replace("|", "/"))[0]
+    text = text.strip(" ,;\u00a9")
+    return "" if re.search(r"(?i)your name|^the authors?$", text) else text
+
+
 def sources_text(chosen: list[Candidate]) -> str:
     """Return the text of SOURCES.md."""
     rows = ["| File | Original | Debian package | Pages | Licence | Copyright or author |",
             "|---|---|---|---|---|---|"]  # fmt: skip
     for item in chosen:
         package = f"{item.package} {item.version}"
-        if item.package.startswith("texlive"):
-            package += f" (TeX package {item.family})"
+        if item.project:
+            package += f" (TeX package {item.project})"
         pages = f"{page_list(item.pages)} of {item.total_pages}"
-        holders = item.holders.replace("|", "/") or "as stated in the original"
+        holders = tidy_holders(item.holders) or "as stated in the original"
         rows.append(
             f"| {item.family}/{item.name}.pdf | {item.source} | {package} | {pages} "
             f"| {item.licence} | {holders} |"
@@ -821,9 +847,9 @@ def licence_text(packages: Path, licence: str) -> str:
     data = gzip.decompress(data) if paths[0].suffix == ".gz" else data
     text = data.decode("utf-8", "replace")
     if start:
-        text = text[text.index(start) :]
-        text = text.partition(end)[0] if end and end in text else text
-        text = re.sub(r"(?m)^ +\.$", "", text)
+        rest = text.partition(start)[2]
+        rest = rest.partition(end)[0] if end else rest
+        text = re.sub(r"(?m)^ +\.$", "", start + rest)
     return text.strip() + "\n"
 
 
@@ -862,7 +888,7 @@ def main() -> None:
     parser.add_argument("packages", type=Path, help="folder of unpacked packages")
     parser.add_argument("staging", type=Path, help="folder for candidate extracts")
     parser.add_argument("target", type=Path, help="folder of the bundled documents")
-    parser.add_argument("--budget", type=int, default=18_000_000, help="bytes of all PDFs")
+    parser.add_argument("--budget", type=int, default=17_900_000, help="bytes of all PDFs")
     parser.add_argument("--family", type=int, default=2, help="most extracts of one family")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     arguments = parser.parse_args()
@@ -900,6 +926,7 @@ class Candidate:
     name: str
     source: str
     package: str
+    project: str
     version: str
     licence: str
     holders: str

@@ -15,10 +15,10 @@ from colfolio.errors import ColfolioError
 from colfolio.evaluation import (
     Encoder,
     Evaluation,
-    InkLine,
+    ExtentLine,
     Scored,
     evaluate_scores,
-    fit_ink_line,
+    fit_extent_line,
     score_index,
     score_model,
 )
@@ -78,14 +78,14 @@ def _load_model(source: str | Path) -> Retriever:
     return Retriever.from_pretrained(source)
 
 
-def _fitted_line(dataset: str | Path, split: str) -> InkLine | None:
+def _fitted_line(dataset: str | Path, split: str) -> ExtentLine | None:
     """The baseline's line from a split that is not evaluated, None where there is no other."""
     known = splits_of(dataset)
     others = [other for other in _FITTED_ON if other in known and other != split]
-    return fit_ink_line(load_dataset(dataset, others[0])) if others else None
+    return fit_extent_line(load_dataset(dataset, others[0])) if others else None
 
 
-def _score_model(encoder: Encoder, dataset: RetrievalDataset, fitted: InkLine | None) -> Scored:
+def _score_model(encoder: Encoder, dataset: RetrievalDataset, fitted: ExtentLine | None) -> Scored:
     with Progress(console=console(), transient=True) as bar:
         task = bar.add_task("encoding images", total=len(dataset.corpus))
         return score_model(

@@ -10,8 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from colfolio.commands.console import console
-from colfolio.config import _apply_override, validated
-from colfolio.data.prepare import PrepareReport, PrepareSettings, prepare
+from colfolio.config import apply_override, validated
+from colfolio.data.prepare import prepare
+from colfolio.data.prepare_report import PrepareReport
+from colfolio.data.sources import PrepareSettings
 
 
 def prepare_command(
@@ -34,7 +36,7 @@ def prepare_command(
     if splits:
         values["splits"] = splits
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     settings = validated(values, PrepareSettings, "prepare")
     columns = (
         TextColumn("preparing"),

@@ -43,9 +43,7 @@ def search_command(
     if top_k < 1:
         raise ColfolioError(f"top_k must be at least 1, not {top_k}")
     if page_score not in _PAGE_SCORES:
-        raise ColfolioError(
-            f"page_score must be {' or '.join(_PAGE_SCORES)}, not {page_score!r}"
-        )
+        raise ColfolioError(f"page_score must be {' or '.join(_PAGE_SCORES)}, not {page_score!r}")
     manifest = read_manifest(index)
     encoder = Retriever.from_pretrained(model or manifest.model)
     searcher = Searcher(index, encoder, page_score)

@@ -14,7 +14,7 @@ from colfolio.commands.live import LiveTraining
 from colfolio.commands.run_folder import RunFolder, TrainRecipe, recipe_of
 from colfolio.config import load_settings
 from colfolio.data.dataset import RetrievalDataset, load_dataset
-from colfolio.evaluation.benchmark import evaluate_model
+from colfolio.evaluation import quick_metrics
 from colfolio.models.retriever import Retriever
 from colfolio.training import (
     TrainingState,
@@ -76,7 +76,7 @@ def _run(
             live.step(report)
             is_last = report.step == steps
             if validation and (is_last or report.step % recipe.validation.every == 0):
-                value = evaluate_model(state.retriever, validation).metric(_METRIC).value
+                value = quick_metrics(state.retriever, validation, [_METRIC])[_METRIC]
                 run.append("evaluation", {"step": report.step, "split": split, _METRIC: value})
                 live.evaluation(report.step, value)
             if stop or is_last or report.step % recipe.checkpoint.every == 0:

@@ -1,168 +1,155 @@
-"""From rows of documents to the tables of splits: duplicates out, equal texts made one query."""
+"""A dataset written from the shards of its documents."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-from jaxtyping import Bool
+from colfolio.data import layout, split_rows
+from colfolio.data.dataset import qrel_table, query_table
+from colfolio.data.layout import SPLITS
+from colfolio.data.layout_writer import stage_readme, stage_split
+from colfolio.data.prepare_report import PrepareReport, SplitCounts
+from colfolio.data.shards import ShardInfo, read_info
+from colfolio.data.sources import Source
+from colfolio.data.split_rows import SplitQueries, SplitRows
+from colfolio.data.staging import staged
+from colfolio.errors import DatasetError
 
-from colfolio.data.dataset import Query
-from colfolio.data.deduplicate import Hashes, near_duplicates
-from colfolio.data.query_text import query_id, text_key
-from colfolio.data.shards import read_rows
-
-_DESCRIBING = ["suffix", "texts", "kind", "digest", "hash", "length"]
-_KIND_OF_QUERY = {"heading": "heading", "page": "heading", "words": "words", "rendered": "words"}
-_MAX_DISTANCE = {8: 40, 16: 24}
-_WRITE_ROWS = 4096
-
-
-@dataclass(slots=True)
-class SplitRows:
-    """The rows of one split, without their images.
-
-    Args:
-        shards: document -> its shard, in the order of the rows.
-        ids: corpus id of each row.
-        texts: what each row shows; none for a page without a title.
-        kinds: "heading", "words", "rendered" or "page".
-        digests: of the pixels.
-        hashes: perceptual.
-        is_kept: False for rows that are removed or merged into an equal one.
-        merged_into: id of a merged row -> id of the row it is equal to.
-    """
-
-    shards: dict[str, Path]
-    ids: list[str]
-    texts: list[list[str]]
-    kinds: list[str]
-    digests: list[bytes]
-    hashes: Hashes
-    is_kept: Bool[np.ndarray, " rows"]
-    merged_into: dict[str, str] = field(default_factory=dict)
+MANIFEST = "dataset.json"
+_MOST_NAMED = 20
 
 
-@dataclass(frozen=True, slots=True)
-class SplitQueries:
-    """The queries of a split by key, and its judgements."""
-
-    by_key: dict[str, Query]
-    qrels: list[tuple[str, str, int]]
+def needed_splits(splits: Sequence[str]) -> set[str]:
+    """Splits whose rows must be known: training images are compared with all held-out ones."""
+    return set(SPLITS) if "train" in splits else set(splits)
 
 
-def read_split_rows(shards: Mapping[str, Path]) -> SplitRows:
-    """The rows of all documents of a split, ordered by document."""
-    ids: list[str] = []
-    tables = []
-    for document in sorted(shards):
-        table = read_rows(shards[document], _DESCRIBING)
-        ids += [f"{document}#{suffix}" for suffix in table.column("suffix").to_pylist()]
-        tables.append(table.drop_columns("suffix"))
-    table = pa.concat_tables(tables) if tables else pa.table({})
-    return SplitRows(
-        shards={document: shards[document] for document in sorted(shards)},
-        ids=ids,
-        texts=table.column("texts").to_pylist() if ids else [],
-        kinds=table.column("kind").to_pylist() if ids else [],
-        digests=table.column("digest").to_pylist() if ids else [],
-        hashes=_hashes_of(table)
-        if ids
-        else Hashes(np.zeros((0, 1), np.uint64), np.zeros(0, np.float32)),
-        is_kept=np.ones(len(ids), dtype=bool),
-    )
-
-
-def remove_leaks(training: SplitRows, held_out: Sequence[SplitRows]) -> tuple[int, int]:
-    """Drop training rows that equal a held-out row, or nearly so; the counts of both."""
-    known = {digest for rows in held_out for digest in rows.digests}
-    is_exact = np.array([digest in known for digest in training.digests], dtype=bool)
-    is_near = np.zeros(len(training.ids), dtype=bool)
-    for rows in held_out:
-        if len(rows.ids) and len(training.ids):
-            most = _MAX_DISTANCE[rows.hashes.words.shape[1]]
-            is_near |= near_duplicates(training.hashes, rows.hashes, most)
-    training.is_kept &= ~(is_exact | is_near)
-    return int(is_exact.sum()), int((is_near & ~is_exact).sum())
-
-
-def merge_equal(rows: SplitRows) -> int:
-    """Make rows of the same pixels one row, the first; how many were merged into another."""
-    first: dict[bytes, str] = {}
-    for row in np.flatnonzero(rows.is_kept).tolist():
-        id_ = first.setdefault(rows.digests[row], rows.ids[row])
-        if id_ != rows.ids[row]:
-            rows.is_kept[row] = False
-            rows.merged_into[rows.ids[row]] = id_
-    return len(rows.merged_into)
-
-
-def make_queries(rows: SplitRows) -> SplitQueries:
-    """One query a text, relevant to every row that shows it; headings first, in order of rows."""
-    texts: dict[str, tuple[str, str]] = {}
-    judged: dict[tuple[str, str], None] = {}
-    for id_, shown, kind, is_kept in zip(
-        rows.ids, rows.texts, rows.kinds, rows.is_kept, strict=True
-    ):
-        target = id_ if is_kept else rows.merged_into.get(id_)
-        if target is None:
-            continue
-        for text in shown:
-            key, kind_of_query = text_key(text), _KIND_OF_QUERY[kind]
-            if key not in texts or (kind_of_query == "heading" and texts[key][1] != "heading"):
-                texts[key] = (text, kind_of_query)
-            judged[key, target] = None
-    ordered = sorted(texts, key=lambda key: texts[key][1] != "heading")
-    by_key = {key: Query(query_id(key), *texts[key]) for key in ordered}
-    return SplitQueries(by_key, [(by_key[key].id, target, 1) for key, target in judged])
-
-
-def mark_seen(queries: SplitQueries, training: SplitQueries) -> SplitQueries:
-    """The same queries, each knowing whether its text is also a query of the training split."""
-    marked = {
-        key: Query(query.id, query.text, query.kind, key in training.by_key)
-        for key, query in queries.by_key.items()
+def assemble(
+    sources: Sequence[Source],
+    out: Path,
+    splits: Sequence[str],
+    key: str,
+    skipped: Sequence[tuple[str, str]],
+) -> PrepareReport:
+    rows = {
+        split: split_rows.read_split_rows(
+            {source.name: source.shard for source in sources if source.split == split}
+        )
+        for split in SPLITS
+        if split in needed_splits(splits)
     }
-    return SplitQueries(marked, queries.qrels)
-
-
-def corpus_tables(rows: SplitRows) -> Iterator[pa.Table]:
-    """The kept rows with their images, as tables of the layout, read shard by shard."""
-    start, waiting = 0, []
-    for document, shard in rows.shards.items():
-        table = read_rows(shard, ["suffix", "kind", "page", "box", "image"])
-        is_kept = rows.is_kept[start : start + len(table)]
-        ids = pa.array(rows.ids[start : start + len(table)], pa.string())
-        start += len(table)
-        waiting.append(_corpus_table(table, ids, document).filter(pa.array(is_kept)))
-        if sum(map(len, waiting)) >= _WRITE_ROWS:
-            yield pa.concat_tables(waiting)
-            waiting = []
-    if waiting:
-        yield pa.concat_tables(waiting)
-
-
-def _corpus_table(table: pa.Table, ids: pa.Array, document: str) -> pa.Table:
-    encoded = table.column("image").combine_chunks()
-    image = pa.StructArray.from_arrays(
-        [encoded, pa.nulls(len(table), pa.string())], names=["bytes", "path"]
+    infos = {source.name: read_info(source.shard) for source in sources}
+    _check_headings(sources, infos, rows, splits)
+    exact = near = 0
+    if "train" in rows:
+        held_out = [each for split, each in rows.items() if split != "train"]
+        exact, near = split_rows.remove_leaks(rows["train"], held_out)
+    merged = sum(split_rows.merge_equal(rows[split]) for split in splits)
+    queries = _queries(rows, splits)
+    _check_queries(queries)
+    report = PrepareReport(
+        documents=len(sources),
+        families=len({source.family for source in sources}),
+        pages=sum(info.pages for info in infos.values()),
+        entries=sum(info.entries for info in infos.values()),
+        located=sum(info.located for info in infos.values()),
+        strips=sum(
+            each.kinds.count("words") + each.kinds.count("rendered") for each in rows.values()
+        ),
+        exact_removed=exact,
+        near_removed=near,
+        merged=merged,
+        skipped=tuple(skipped),
+        splits={split: _counts(sources, split, rows[split], queries[split]) for split in splits},
     )
-    return pa.table(
-        {
-            "corpus-id": ids,
-            "image": image,
-            "doc-id": pa.array([document] * len(table), pa.string()),
-            "page-number": table.column("page"),
-            "box": table.column("box"),
-            "kind": table.column("kind"),
-        }
+    _write(out, rows, queries, {"key": key, "report": report.to_dict()})
+    return report
+
+
+def _queries(rows: Mapping[str, SplitRows], splits: Sequence[str]) -> dict[str, SplitQueries]:
+    queries = {split: split_rows.make_queries(rows[split]) for split in splits}
+    if "train" in queries:
+        for split in queries.keys() - {"train"}:
+            queries[split] = split_rows.mark_seen(queries[split], queries["train"])
+    return {split: queries[split] for split in splits}
+
+
+def _write(
+    out: Path,
+    rows: Mapping[str, SplitRows],
+    queries: Mapping[str, SplitQueries],
+    manifest: dict[str, object],
+) -> None:
+    gone = [split for split in layout.splits_in(out) if split not in queries]
+    with staged(out) as staging:
+        for split, asked in queries.items():
+            stage_split(
+                staging,
+                split,
+                split_rows.corpus_tables(rows[split]),
+                query_table(asked.by_key.values()),
+                qrel_table(asked.qrels),
+            )
+        stage_readme(staging, list(queries))
+        text = json.dumps(manifest, indent=2, ensure_ascii=False)
+        staging.path(MANIFEST).write_text(text + "\n", encoding="utf-8")
+        staging.commit(
+            [layout.file_of(config, split) for split in gone for config in layout.CONFIGS]
+        )
+
+
+def _check_headings(
+    sources: Sequence[Source],
+    infos: Mapping[str, ShardInfo],
+    rows: Mapping[str, SplitRows],
+    splits: Sequence[str],
+) -> None:
+    other_way = (
+        "Queries are made from outlines (bookmarks). For other queries write a CSV or JSONL file "
+        "with the columns query and image (or document and page)"
     )
+    if not any(info.entries for info in infos.values()):
+        raise DatasetError(f"none of the {len(sources)} documents has an outline. {other_way}")
+    if not any(info.located for info in infos.values()):
+        raise DatasetError(
+            f"none of the {sum(info.entries for info in infos.values())} outline entries stands in "
+            f"the text of its page. {other_way}"
+        )
+    for split in splits:
+        families = sorted({source.family for source in sources if source.split == split})
+        if not any(
+            kind == "heading" or texts
+            for kind, texts in zip(rows[split].kinds, rows[split].texts, strict=True)
+        ):
+            named = ", ".join(families[:_MOST_NAMED]) or "none"
+            raise DatasetError(
+                f"split {split!r} has no heading; its document families: {named}. Add documents "
+                f"with outlines, choose another split_seed, or set shares.{split}=0 and leave it "
+                "out of splits"
+            )
 
 
-def _hashes_of(table: pa.Table) -> Hashes:
-    packed = b"".join(table.column("hash").to_pylist())
-    words = np.frombuffer(packed, np.uint64).reshape(len(table), -1)
-    return Hashes(words, table.column("length").to_numpy().astype(np.float32))
+def _check_queries(queries: Mapping[str, SplitQueries]) -> None:
+    for split, asked in queries.items():
+        if not asked.by_key:
+            raise DatasetError(
+                f"split {split!r} has no query left once images that also stand in held-out "
+                "documents are removed; add documents of other origin"
+            )
+
+
+def _counts(
+    sources: Sequence[Source], split: str, rows: SplitRows, queries: SplitQueries
+) -> SplitCounts:
+    asked = list(queries.by_key.values())
+    is_known = any(query.seen is not None for query in asked)
+    return SplitCounts(
+        documents=len(rows.shards),
+        families=len({source.family for source in sources if source.split == split}),
+        corpus=int(rows.is_kept.sum()),
+        queries=len(asked),
+        headings=sum(query.kind == "heading" for query in asked),
+        seen=sum(bool(query.seen) for query in asked) if is_known else None,
+    )

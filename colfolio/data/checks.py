@@ -1,13 +1,13 @@
-"""What must fit together in the tables of a split, each with an error that names the culprit."""
+"""What must fit together in the tables of a split; each error names the culprit."""
 
 # pyright: reportAttributeAccessIssue=false
-# (pyarrow.compute makes its functions when it is imported)
+# pyarrow.compute makes its functions when it is imported, so a type checker cannot know them.
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 
 import pyarrow as pa
@@ -17,73 +17,105 @@ from colfolio.data.layout import Tables, image_columns
 from colfolio.errors import DatasetError
 
 
-def _check_ids(tables: Tables, where: str) -> None:
-    for table, column, what in (
-        (tables.corpus, "corpus-id", "the corpus"),
-        (tables.queries, "query-id", "the queries"),
-    ):
-        if not len(table):
-            raise DatasetError(f"{where}: {what} of this split has no rows")
-        _check_nulls(table, (column,), where)
-        ids = table.column(column)
-        if len(ids.unique()) < len(ids):
-            twice = [id_ for id_, count in Counter(ids.to_pylist()).items() if count > 1]
-            raise DatasetError(
-                f"{where}: {column} must be unique, but {_named(twice)} occurs more than once"
-            )
-    _check_nulls(tables.qrels, ("query-id", "corpus-id", "score"), where)
-    for column, known in (("query-id", tables.queries), ("corpus-id", tables.corpus)):
-        given = tables.qrels.column(column)
-        unknown = given.filter(pc.invert(pc.is_in(given, known.column(column).combine_chunks())))
-        if len(unknown):
-            raise DatasetError(
-                f"{where}: qrels name {column} {_named(unknown.unique().to_pylist())}, which "
-                f"the split does not have"
-            )
+def check_tables(tables: Tables, where: str) -> None:
+    """Refuse a split whose parts do not fit together.
 
+    Args:
+        tables: as they were read.
+        where: names the split in errors.
 
-def _check_nulls(table: pa.Table, columns: Sequence[str], where: str) -> None:
-    for column in columns:
-        missing = pc.indices_nonzero(table.column(column).is_null())
-        if len(missing):
-            raise DatasetError(
-                f"{where}: {column} is empty in row {missing[0].as_py() + 1}"
-                f" and {len(missing) - 1} others; each row needs one"
-            )
-
-
-def _check_places(tables: Tables, where: str) -> None:
-    image = tables.corpus.column("image")
-    encoded, paths = pc.struct_field(image, 0), pc.struct_field(image, 1)
-    without = pc.and_(pc.is_null(encoded), pc.is_null(paths))
-    if pc.any(without).as_py():
-        row = pc.index(without, True).as_py()
-        id_ = tables.corpus.column("corpus-id")[row].as_py()
-        raise DatasetError(f"{where}: corpus row {id_!r} has neither image bytes nor a path")
-    used = paths.filter(pc.is_null(encoded))
-    named = used.unique().to_pylist()
-    if "doc-id" in tables.corpus.column_names:
-        named += tables.corpus.column("doc-id").drop_null().unique().to_pylist()
-    for name in named:
-        if is_outside(name):
-            raise DatasetError(
-                f"{where}: {name!r} lies outside the dataset folder; name images and documents by "
-                "paths inside it, without '..' and not absolute"
-            )
+    Raises:
+        DatasetError: a table is empty, a value is missing, an id occurs twice or is unknown, a
+            query has no positive, an image or a document lies outside the dataset folder.
+    """
+    _check_unique(tables.corpus, "corpus-id", f"{where}: the corpus")
+    _check_unique(tables.queries, "query-id", f"{where}: the queries")
+    _check_texts(tables.queries, where)
+    _check_places(tables, where)
+    _check_judgements(tables, where)
 
 
 def is_outside(name: str) -> bool:
-    """Whether a path is absolute or climbs with `..`, by the rules of any system."""
+    """Whether a path is absolute or climbs with `..`, by the rules of any system.
+
+    >>> [is_outside(name) for name in ("a/b.png", "../b.png", "/b.png", r"C:\\\\b.png", "a..b.png")]
+    [False, True, True, True, False]
+    """
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
-    return (
-        ".." in parts
-        or name.startswith(("/", "\\"))
-        or re.match(r"[A-Za-z]:[\\/]", name) is not None
-    )
+    is_absolute = name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[\\/]", name) is not None
+    return ".." in parts or is_absolute
+
+
+def _check_unique(table: pa.Table, column: str, where: str) -> None:
+    if not len(table):
+        raise DatasetError(f"{where} has no rows in this split")
+    _check_present(table, column, where)
+    ids = table.column(column)
+    if len(ids.unique()) < len(ids):
+        twice = [id_ for id_, count in Counter(ids.to_pylist()).items() if count > 1]
+        raise DatasetError(
+            f"{where}: {column} must be unique, but {_named(twice)} occurs more than once"
+        )
+
+
+def _check_present(table: pa.Table, column: str, where: str) -> None:
+    missing = pc.indices_nonzero(table.column(column).is_null())
+    if len(missing):
+        raise DatasetError(
+            f"{where}: {column} is missing in {len(missing)} of {len(table)} rows, first in row "
+            f"{missing[0].as_py() + 1}"
+        )
+
+
+def _check_texts(queries: pa.Table, where: str) -> None:
+    _check_present(queries, "query", f"{where}: the queries")
+    is_blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(queries.column("query"))), 0)
+    blank = queries.column("query-id").filter(is_blank).to_pylist()
+    if blank:
+        raise DatasetError(f"{where}: the text of query {_named(blank)} is empty")
+
+
+def _check_places(tables: Tables, where: str) -> None:
+    encoded, paths = image_columns(tables.corpus)
+    is_path = encoded.is_null()
+    absent = tables.corpus.column("corpus-id").filter(pc.and_(is_path, paths.is_null()))
+    if len(absent):
+        raise DatasetError(
+            f"{where}: corpus rows {_named(absent.to_pylist())} have neither image bytes nor a path"
+        )
+    named = paths.filter(is_path).unique().to_pylist()
+    if "doc-id" in tables.corpus.column_names:
+        named += tables.corpus.column("doc-id").drop_null().unique().to_pylist()
+    outside = [name for name in named if is_outside(name)]
+    if outside:
+        raise DatasetError(
+            f"{where}: {_named(outside)} lies outside the dataset folder; name images and "
+            "documents by paths inside it, without '..' and not absolute"
+        )
+
+
+def _check_judgements(tables: Tables, where: str) -> None:
+    qrels = tables.qrels
+    for column, known in (("query-id", tables.queries), ("corpus-id", tables.corpus)):
+        _check_present(qrels, column, f"{where}: qrels")
+        given = qrels.column(column)
+        is_known = pc.is_in(given, known.column(column).combine_chunks())
+        unknown = given.filter(pc.invert(is_known)).unique().to_pylist()
+        if unknown:
+            raise DatasetError(
+                f"{where}: qrels name the {column} {_named(unknown)}, which the split does not have"
+            )
+    _check_present(qrels, "score", f"{where}: qrels")
+    answered = qrels.column("query-id").filter(pc.greater(qrels.column("score"), 0))
+    ids = tables.queries.column("query-id")
+    lonely = ids.filter(pc.invert(pc.is_in(ids, answered.combine_chunks()))).to_pylist()
+    if lonely:
+        raise DatasetError(
+            f"{where}: every query needs a positive (a judgement above 0 in qrels), but "
+            f"{len(lonely)} of {len(ids)} have none: {_named(lonely)}"
+        )
 
 
 def _named(ids: Sequence[str], most: int = 5) -> str:
     shown = ", ".join(repr(id_) for id_ in ids[:most])
     return shown if len(ids) <= most else f"{shown} and {len(ids) - most} others"
-
-

@@ -15,7 +15,8 @@ from colfolio.data.patches import PixelBudget, target_size, to_patches
 from colfolio.data.prompts import Prompter
 from colfolio.mrope import IMAGE, TEXT, position_ids
 
-Pixels = UInt8[np.ndarray, "H W 3"]
+# "_": images of one call may differ in size
+Pixels = UInt8[np.ndarray, "_H _W 3"]
 
 
 class Collator:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +17,9 @@ from colfolio.batch import ContrastiveBatch
 from colfolio.config import Settings
 from colfolio.data.collate import Collator
 from colfolio.data.dataset import RetrievalDataset
-from colfolio.data.sampler import Draw, SamplerPosition, draws
+from colfolio.data.sampler import Draw, Grouping, SamplerPosition, draws
+
+_WORD = re.compile(r"[^\W\d_]{3,}")
 
 
 class BatchSettings(Settings):
@@ -26,11 +30,15 @@ class BatchSettings(Settings):
         ignore: documents of the same `page` or `document` as a query's positive are not counted
             as its negatives; `none` counts them.
         kind_weights: expected appearances in an epoch of a query of each kind; 1 where not named.
+        group_size: queries that share a word come in groups of this size; 1 mixes all.
+        group_from_epoch: epochs before it are mixed.
     """
 
     rows: int = Field(default=32, ge=2)
     ignore: Literal["page", "document", "none"] = "page"
     kind_weights: dict[str, float] = Field(default_factory=dict)
+    group_size: int = Field(default=1, ge=1)
+    group_from_epoch: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,11 @@ class BatchSource:
         ]
         self._texts = [query.text for query in dataset.queries]
         self._group_of_document = _groups(dataset, settings.ignore)
+        self._grouping = (
+            Grouping(_shared_words(self._texts), settings.group_size, settings.group_from_epoch)
+            if settings.group_size > 1
+            else None
+        )
 
     def batches(self, position: SamplerPosition) -> Iterator[DrawnBatch]:
         """Batches from a position on."""
@@ -72,7 +85,8 @@ class BatchSource:
             self._settings.kind_weights.get(query.kind or "", 1.0)
             for query in self._dataset.queries
         ]
-        for draw in draws(weights, self._settings.rows, self._seed, position):
+        rows, grouping = self._settings.rows, self._grouping
+        for draw in draws(weights, rows, self._seed, position, grouping):
             yield DrawnBatch(self._collate(draw), draw.after)
 
     def _collate(self, draw: Draw) -> ContrastiveBatch:
@@ -117,3 +131,11 @@ def _groups(dataset: RetrievalDataset, ignore: str) -> np.ndarray | None:
     )
     numbers: dict[tuple[str, int], int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
+def _shared_words(texts: list[str]) -> list[list[int]]:
+    """Numbers of the words of each text that another text has too; short words do not count."""
+    words = [set(_WORD.findall(text.casefold())) for text in texts]
+    counts = Counter(word for of_text in words for word in of_text)
+    numbers = {word: n for n, word in enumerate(w for w in sorted(counts) if counts[w] > 1)}
+    return [sorted(numbers[word] for word in of_text if word in numbers) for of_text in words]

@@ -1,32 +1,32 @@
 """Queries, a corpus of images that are decoded when asked for, and which image answers which query.
 
-A dataset is read from a folder in the ViDoRe/BEIR layout, from the hub, or from a CSV or JSONL file.
-Pages are counted from 0.
+A dataset is a folder in the ViDoRe/BEIR layout, one of the hub, or a CSV or JSONL file. Pages are
+counted from 0.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
-import re
 import struct
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from colfolio.data import hub, layout, tabular
-from colfolio.data.documents import IMAGE_SUFFIXES, load_image, open_document
-from colfolio.data.layout import Tables
+from colfolio.data.checks import check_tables
+from colfolio.data.documents import open_document
+from colfolio.data.fingerprint import fingerprint_of
+from colfolio.data.images import IMAGE_SUFFIXES, load_image
+from colfolio.data.layout import Tables, optional_column
+from colfolio.data.layout_writer import stage_readme, stage_split
+from colfolio.data.staging import staged
 from colfolio.data.views import BoxF
-from colfolio.errors import DatasetError
 
 PAGE_DPI = 144.0
 _BATCH_ROWS = 4096
@@ -81,8 +81,7 @@ class Corpus:
         self.ids: list[str] = table.column("corpus-id").to_pylist()
         self._table = table
         self._root = root
-        image = table.column("image")
-        self._bytes, self._paths = pc.struct_field(image, 0), pc.struct_field(image, 1)
+        self._bytes, self._paths = layout.image_columns(table)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -90,7 +89,7 @@ class Corpus:
     @functools.cached_property
     def documents(self) -> list[str]:
         """The document that each row shows; a row that does not say is a document of its own."""
-        given = self._optional("doc-id")
+        given = optional_column(self._table, "doc-id")
         return [
             document if document is not None else id_
             for document, id_ in zip(given, self.ids, strict=True)
@@ -99,18 +98,18 @@ class Corpus:
     @functools.cached_property
     def pages(self) -> list[int]:
         """The page of each row, from 0; where that is not known, a negative number of its own."""
-        given = self._optional("page-number")
+        given = optional_column(self._table, "page-number")
         return [page if page is not None else -1 - row for row, page in enumerate(given)]
 
     @functools.cached_property
     def kinds(self) -> list[str]:
         """What each row shows: "heading", "words", "page"; "" where the dataset does not say."""
-        return [kind or "" for kind in self._optional("kind")]
+        return [kind or "" for kind in optional_column(self._table, "kind")]
 
     @functools.cached_property
     def boxes(self) -> list[BoxF | None]:
         """The part of its page that each row shows; None is the whole page."""
-        return [tuple(box) if box else None for box in self._optional("box")]
+        return [tuple(box) if box else None for box in optional_column(self._table, "box")]
 
     @functools.cached_property
     def page_keys(self) -> Int64[np.ndarray, " rows"]:
@@ -155,11 +154,6 @@ class Corpus:
         encoded = self._bytes[row].as_py()
         return encoded if encoded is not None else self._root / self._paths[row].as_py()
 
-    def _optional(self, name: str) -> list:
-        if name not in self._table.column_names:
-            return [None] * len(self)
-        return self._table.column(name).to_pylist()
-
 
 class RetrievalDataset:
     """One split: queries, the corpus they are asked of, and relevance judgements.
@@ -179,27 +173,15 @@ class RetrievalDataset:
     def __init__(self, tables: Tables, split: str) -> None:
         self.name, self.split = tables.name, split
         self._tables = tables
-        where = f"{tables.name}, split {split!r}"
-        _check_ids(tables, where)
-        _check_places(tables, where)
+        check_tables(tables, f"{tables.name}, split {split!r}")
         self.corpus = Corpus(tables.corpus, tables.root)
-        self.queries = _queries_of(tables.queries, where)
-        self.qrels = _qrels_of(tables.qrels, self.queries, where)
+        self.queries = _queries_of(tables.queries)
+        self.qrels = _qrels_of(tables.qrels, self.queries)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the content: ids, texts, judgements and encoded images."""
-        digest = hashlib.sha256()
-        for table in (self._tables.queries, self._tables.qrels, self._tables.corpus):
-            for name in sorted(table.column_names):
-                digest.update(name.encode())
-                if name != "image":
-                    _digest_column(digest, table.column(name))
-        column = self._tables.corpus.column("image")
-        _digest_column(digest, pc.struct_field(column, 0))
-        for path in pc.struct_field(column, 1).filter(pc.is_null(pc.struct_field(column, 0))):
-            digest.update(hashlib.sha256((self._tables.root / path.as_py()).read_bytes()).digest())
-        return digest.hexdigest()
+        return fingerprint_of(self._tables)
 
     def positives(self, query_id: str) -> list[str]:
         """The corpus ids that answer a query."""
@@ -258,11 +240,9 @@ def write_split(
     triples = [
         (query, document, score) for query in qrels for document, score in qrels[query].items()
     ]
-    with layout.staged(folder) as staging:
-        layout.stage_split(
-            staging, split, _batches(corpus), query_table(queries), qrel_table(triples)
-        )
-        layout.stage_readme(staging, sorted({*others, split}))
+    with staged(folder) as staging:
+        stage_split(staging, split, _batches(corpus), query_table(queries), qrel_table(triples))
+        stage_readme(staging, sorted({*others, split}))
         staging.commit()
 
 
@@ -316,37 +296,20 @@ def _to_table(columns: Mapping[str, list], config: str) -> pa.Table:
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema})
 
 
-def _queries_of(table: pa.Table, where: str) -> list[Query]:
-    _check_nulls(table, ("query",), where)
+def _queries_of(table: pa.Table) -> list[Query]:
     ids, texts = table.column("query-id").to_pylist(), table.column("query").to_pylist()
-    empty = [id_ for id_, text in zip(ids, texts, strict=True) if not text.strip()]
-    if empty:
-        raise DatasetError(f"{where}: the text of query {_named(empty)} is empty")
-    kinds = _column_or(table, "kind")
-    seen = _column_or(table, "seen")
+    kinds, seen = optional_column(table, "kind"), optional_column(table, "seen")
     return [
         Query(id_, text, kind or "", is_seen)
         for id_, text, kind, is_seen in zip(ids, texts, kinds, seen, strict=True)
     ]
 
 
-def _column_or(table: pa.Table, name: str) -> list:
-    return table.column(name).to_pylist() if name in table.column_names else [None] * len(table)
-
-
-def _qrels_of(table: pa.Table, queries: Sequence[Query], where: str) -> dict[str, dict[str, int]]:
+def _qrels_of(table: pa.Table, queries: Sequence[Query]) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {query.id: {} for query in queries}
     columns = (table.column(name).to_pylist() for name in ("query-id", "corpus-id", "score"))
     for query, document, score in zip(*columns, strict=True):
         qrels[query][document] = score
-    missing = [
-        id_ for id_, judged in qrels.items() if not any(score > 0 for score in judged.values())
-    ]
-    if missing:
-        raise DatasetError(
-            f"{where}: every query needs a positive (a judgement above 0), but "
-            f"{len(missing)} of {len(qrels)} have none: {_named(missing)}"
-        )
     return qrels
 
 
@@ -366,19 +329,3 @@ def _header_size(source: io.BytesIO | Path) -> tuple[int, int] | None:
     except (OSError, ValueError, SyntaxError):
         return None
     return (width, height) if is_turned else (height, width)
-
-
-def _digest_column(digest: hashlib._Hash, column: pa.ChunkedArray) -> None:
-    """Feed a column into a hash, independent of how it is chunked."""
-    if not (pa.types.is_string(column.type) or pa.types.is_binary(column.type)):
-        digest.update(repr(column.to_pylist()).encode())
-        return
-    lengths = pc.fill_null(pc.binary_length(column).cast(pa.int64()), -1)
-    digest.update(lengths.to_numpy().tobytes())
-    for chunk in column.chunks:
-        values = chunk.fill_null(b"" if pa.types.is_binary(chunk.type) else "")
-        _, offsets, content = values.buffers()
-        if content is None or not len(values):
-            continue
-        ends = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1]
-        digest.update(memoryview(content)[int(ends[0]) : int(ends[-1])])

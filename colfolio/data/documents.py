@@ -34,7 +34,7 @@ IMAGE_LONG_SIDE_PT = 792.0
 _PDFIUM = threading.RLock()
 _REASONS = {
     pdfium.FPDF_ERR_FILE: "cannot be read",
-    pdfium.FPDF_ERR_FORMAT: "is damaged, or no PDF",
+    pdfium.FPDF_ERR_FORMAT: "is damaged, has no pages, or is no PDF",
     pdfium.FPDF_ERR_PASSWORD: "is encrypted with a password; save a copy without one",
     pdfium.FPDF_ERR_SECURITY: "is encrypted in a way that PDFium does not know",
     pdfium.FPDF_ERR_PAGE: "has a damaged page tree",
@@ -194,7 +194,7 @@ class PdfDocument(Document):
             try:
                 self._pdf = pypdfium2.PdfDocument(path)
             except pypdfium2.PdfiumError as error:
-                reason = _REASONS.get(error.err_code or 0, "has no pages, or is damaged")
+                reason = _REASONS.get(error.err_code or 0, "cannot be read by PDFium")
                 raise DocumentError(path, reason) from None
             self.num_pages = len(self._pdf)
         self._upright_edges: dict[int, tuple[float, float, float, float] | None] = {}
@@ -223,7 +223,7 @@ class PdfDocument(Document):
         entries = []
         with _PDFIUM:
             for bookmark in self._pdf.get_toc():
-                title = " ".join(bookmark.get_title().split())
+                title = _title_of(bookmark)
                 dest = bookmark.get_dest()
                 page = dest.get_index() if dest else None
                 if title and dest and page is not None and page < self.num_pages:
@@ -290,6 +290,13 @@ def _pixel_size(path: Path, size_pt: tuple[float, float], dpi: float) -> tuple[i
         raise DocumentError(path, f"a page of {size_pt} points cannot be drawn at {dpi} dpi")
     shrink = min(1.0, (MAX_RENDERED_PIXELS / (width * height)) ** 0.5)
     return max(1, round(width * shrink)), max(1, round(height * shrink))
+
+
+def _title_of(bookmark: pypdfium2.PdfBookmark) -> str:
+    try:
+        return " ".join(bookmark.get_title().split())
+    except UnicodeDecodeError:
+        return ""  # half a surrogate pair: no title that anyone could type
 
 
 def _top_of(dest: pypdfium2.PdfDest) -> float | None:

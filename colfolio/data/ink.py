@@ -13,7 +13,7 @@ BoxF = tuple[float, float, float, float]
 PixelBox = tuple[int, int, int, int]
 
 LEAST_CONTRAST = 32
-_INK_SHARE_OF_CONTRAST = 0.3
+_INK_SHARE_OF_CONTRAST = 0.2
 
 
 def to_grey(page: ColourPage | GreyPage) -> GreyPage:

@@ -1,21 +1,15 @@
-"""The ViDoRe/BEIR Parquet layout on disk: tables in and out, files replaced together or not at all.
+"""The ViDoRe/BEIR Parquet layout: its columns, and the tables of a split read from a folder.
 
-A dataset folder holds `corpus/`, `queries/` and `qrels/`, one Parquet file a split in each, and a
-README whose `configs:` tell `datasets` where they are. New files are written to `.staging/` first;
-`.staging/commit.json` then says that they count. Whoever is killed before it leaves the old
-dataset, whoever is killed after it the new one: readers look through the journal.
+A dataset folder holds `corpus/`, `queries/` and `qrels/`, one or more Parquet files a split in
+each, and a README whose `configs:` tell `datasets` where they are.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import fnmatch
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,12 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from colfolio.data.staging import present
 from colfolio.errors import DatasetError
 
 CONFIGS = ("corpus", "queries", "qrels")
 SPLITS = ("train", "validation", "test")
-STAGING = ".staging"
-_COMMIT = "commit.json"
 _FILE_NAME = re.compile(r"^(?P<split>.+?)(?:-\d{5}-of-\d{5}.*)?\.parquet$")
 _FRONT_MATTER = re.compile(r"\A---\n(.*?\n)---\n?", re.DOTALL)
 
@@ -135,42 +128,56 @@ def read_split(folder: Path, split: str, name: str) -> Tables:
     return Tables(*tables, root=folder, name=name)
 
 
+def read_readme(path: Path) -> tuple[dict[str, Any], str]:
+    """The YAML front matter of a dataset's README, empty if there is none, and the text below."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = _FRONT_MATTER.match(text)
+    if found is None:
+        return {}, text
+    try:
+        values = yaml.safe_load(found.group(1))
+    except yaml.YAMLError:
+        values = None
+    return values if isinstance(values, dict) else {}, text[found.end() :]
+
+
+def optional_column(table: pa.Table, name: str) -> list:
+    """The values of a column, or as many None where the table has no such column."""
+    return table.column(name).to_pylist() if name in table.column_names else [None] * len(table)
+
+
+def image_columns(corpus: pa.Table) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """The encoded bytes and the paths of a corpus; one of both is null in each row."""
+    flat = corpus.select(["image"]).flatten()
+    return flat.column(0), flat.column(1)
+
+
 def ordered(splits: Iterable[str]) -> list[str]:
+    """Split names in their usual order: train, validation, test, then others by name."""
     known = {split: place for place, split in enumerate(SPLITS)}
     return sorted(splits, key=lambda split: (known.get(split, len(SPLITS)), split))
 
 
 def _split_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
     """Parquet files by config and split: as the README says, else by their names."""
-    present = _present(folder)
-    patterns = _patterns(present.get("README.md"))
+    files = present(folder)
+    patterns = _patterns(files.get("README.md"))
     found: dict[str, dict[str, list[Path]]] = {}
     for config in CONFIGS:
         found[config] = {
-            split: [present[name] for name in sorted(present) if _matches(name, wanted)]
+            split: [files[name] for name in sorted(files) if _matches(name, wanted)]
             for split, wanted in patterns.get(config, {}).items()
         }
-        found[config] = {split: files for split, files in found[config].items() if files}
+        found[config] = {split: some for split, some in found[config].items() if some}
         if not found[config]:
-            found[config] = _by_name(present, config)
+            found[config] = _by_name(files, config)
     return found
-
-
-def _present(folder: Path) -> dict[str, Path]:
-    """Every Parquet file and the README by relative name, seen through an unfinished commit."""
-    paths = [*folder.glob("*.md"), *folder.glob("*.parquet"), *folder.glob("[!.]*/**/*.parquet")]
-    present = {path.relative_to(folder).as_posix(): path for path in paths}
-    journal = _journal(folder)
-    for name in journal["files"]:
-        staged = folder / STAGING / name
-        if staged.exists():
-            present[name] = staged
-    return {name: path for name, path in present.items() if name not in journal["removed"]}
 
 
 def _patterns(readme: Path | None) -> dict[str, dict[str, list[str]]]:
     patterns: dict[str, dict[str, list[str]]] = {}
-    for config in _front_matter(readme).get("configs") or []:
+    matter, _ = read_readme(readme) if readme is not None else ({}, "")
+    for config in matter.get("configs") or []:
         try:
             entries = config["data_files"]
             patterns[config["config_name"]] = {
@@ -180,17 +187,6 @@ def _patterns(readme: Path | None) -> dict[str, dict[str, list[str]]]:
         except (TypeError, KeyError):  # another of the forms that the hub allows: go by file names
             continue
     return patterns
-
-
-def _front_matter(readme: Path | None) -> dict[str, Any]:
-    if readme is None:
-        return {}
-    found = _FRONT_MATTER.match(readme.read_text(encoding="utf-8", errors="replace"))
-    try:
-        values = yaml.safe_load(found.group(1)) if found else None
-    except yaml.YAMLError:
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -1,15 +1,19 @@
-"""The tables of a split written in the ViDoRe/BEIR layout, and the README that tells where they are."""
+"""Tables written in the ViDoRe/BEIR layout, and the README that tells where they are."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from colfolio.data.layout import CONFIGS, file_of, ordered, schema_of, split_front_matter
+from colfolio.data.layout import CONFIGS, file_of, ordered, read_readme, schema_of
 from colfolio.data.staging import Staging
+from colfolio.errors import DatasetError
+
+_SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 
 def stage_split(
@@ -19,7 +23,13 @@ def stage_split(
     queries: pa.Table,
     qrels: pa.Table,
 ) -> None:
-    """Write the three tables of a split aside; the corpus comes in pieces and is streamed."""
+    """Write the three tables of a split aside; the corpus comes in pieces and is streamed.
+
+    Raises:
+        DatasetError: `datasets` would refuse the name of the split.
+    """
+    if not _SPLIT_NAME.fullmatch(split):
+        raise DatasetError(f"{split!r} cannot name a split; use letters, digits and _")
     schema = schema_of("corpus")
     leaves = {"image.bytes": "NONE"}  # PNG and JPEG are compressed already
     others = ["corpus-id", "image.path", "doc-id", "page-number", "box.list.element", "kind"]
@@ -27,7 +37,7 @@ def stage_split(
     with pq.ParquetWriter(
         staging.path(file_of("corpus", split)),
         schema,
-        compression=compression,
+        compression=compression,  # pyright: ignore[reportArgumentType]
         use_dictionary=["doc-id", "kind"],  # pyright: ignore[reportArgumentType]
         write_statistics=False,  # pyright: ignore[reportArgumentType]
     ) as writer:
@@ -42,10 +52,7 @@ def stage_split(
 def stage_readme(staging: Staging, splits: Sequence[str]) -> None:
     """Write a README whose `configs:` name the files of these splits; keep what else it says."""
     existing = staging.folder / "README.md"
-    text = existing.read_text(encoding="utf-8") if existing.exists() else ""
-    found = _FRONT_MATTER.match(text)
-    body = text[found.end() :] if found else text or _README_BODY
-    matter = _front_matter(existing if existing.exists() else None)
+    matter, body = read_readme(existing) if existing.exists() else ({}, _README_BODY)
     matter["configs"] = [
         {
             "config_name": config,

@@ -64,10 +64,10 @@ def word_runs(ink: InkMask, least_gap: float) -> Int64[np.ndarray, "runs 2"]:
 def _cut(page: PageInk, box: PixelBox, parts: list[PixelBox], depth: int) -> None:
     """Cut at empty rows, then each band at wide empty columns, and so on; uncut parts are added."""
     left, top, right, bottom = box
-    bands = _runs(_filled(page.ink[top:bottom, left:right], 1), 1)
+    bands = _runs(_filled(page.ink[top:bottom, left:right], 1), 1.0)
     for first, end in bands.tolist():
         row, row_end = top + first, top + end
-        columns = _runs(_filled(page.ink[row:row_end, left:right], 0), _gutter(page, row_end - row))
+        columns = _columns(page, page.ink[row:row_end, left:right])
         for column, column_end in columns.tolist():
             part = (left + column, row, left + column_end, row_end)
             was_cut = len(bands) + len(columns) > 2
@@ -77,10 +77,36 @@ def _cut(page: PageInk, box: PixelBox, parts: list[PixelBox], depth: int) -> Non
                 parts.append(part)
 
 
-def _gutter(page: PageInk, height: int) -> float:
-    """The gap that separates columns: wider where it is seen through a single line only."""
-    gutter = _GUTTER_PT * page.point
-    return max(gutter, 2.0 * height) if height < 2.5 * gutter else gutter
+def _columns(page: PageInk, band: InkMask) -> Int64[np.ndarray, "runs 2"]:
+    """Where a band is cut into columns; a gap inside a single line has to be wider."""
+    height, gutter = len(band), _GUTTER_PT * page.point
+    filled = _filled(band, 0)
+    if height < 2.5 * gutter:
+        return _runs(filled, max(gutter, 2.0 * height))
+    columns = _runs(filled, gutter)
+    if (
+        len(columns) > 1
+        and height < _LINE_HEIGHT_PT[1] * page.point
+        and _is_one_line(band, columns)
+    ):
+        return _runs(filled, max(gutter, 1.2 * height))
+    return columns
+
+
+def _is_one_line(band: InkMask, columns: Int64[np.ndarray, "runs 2"]) -> bool:
+    """Whether the parts of a tall band are words in large type, all on one level."""
+    tops, bottoms = [0], [len(band)]
+    for first, end in columns.tolist():
+        if end - first < 0.5 * len(band):
+            continue
+        rows = _runs(_filled(band[:, first:end], 1), 1.0)
+        sizes = rows[:, 1] - rows[:, 0]
+        largest = int(sizes.argmax())
+        if (sizes > 0.5 * sizes[largest]).sum() > 1:
+            return False
+        tops.append(int(rows[largest, 0]))
+        bottoms.append(int(rows[largest, 1]))
+    return min(bottoms) - max(tops) > 0.2 * len(band)
 
 
 def _opened(page: PageInk, part: PixelBox) -> bool:

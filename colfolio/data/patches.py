@@ -23,7 +23,8 @@ _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 _LARGEST_ASPECT = 200
 
-Frames = UInt8[np.ndarray, "T H W 3"]
+# "_": clips of one call may differ in every size
+Frames = UInt8[np.ndarray, "_T _H _W 3"]
 
 
 class PixelBudget(Settings):

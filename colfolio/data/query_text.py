@@ -22,8 +22,9 @@ def text_key(text: str) -> str:
     """
     folded = clean_text(text.casefold())
     rest = without_number(folded)
-    is_enough = sum(letter.isalpha() for letter in rest) >= _LEAST_LETTERS
-    return rest if is_enough and not _YEAR.match(folded) else folded
+    if rest == folded or _YEAR.match(folded):
+        return folded
+    return rest if sum(letter.isalpha() for letter in rest) >= _LEAST_LETTERS else folded
 
 
 def query_id(key: str) -> str:

@@ -12,6 +12,7 @@ import importlib.metadata
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,24 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt8
 from PIL import Image
 
-from colfolio.data import deduplicate, documents, ink, lines, pairs, text_layer, titles, views
+from colfolio.data import (
+    deduplicate,
+    documents,
+    images,
+    ink,
+    lines,
+    pairs,
+    text_layer,
+    titles,
+    views,
+)
 from colfolio.data.deduplicate import PAGE_CELLS, STRIP_CELLS, difference_hash, pixel_digest
 from colfolio.data.documents import open_document
 from colfolio.data.pairs import StripSettings, page_titles, strip_pairs
 from colfolio.data.views import BoxF
 from colfolio.errors import DocumentError
 
-_CUTTING_MODULES = (deduplicate, documents, ink, lines, pairs, text_layer, titles, views)
+_CUTTING_MODULES = (deduplicate, documents, images, ink, lines, pairs, text_layer, titles, views)
 _LIBRARIES = ("pypdfium2", "pillow", "numpy")
 _JPEG_QUALITY = 90
 _LETTERS = {"heading": "h", "words": "w", "rendered": "r"}
@@ -153,7 +164,7 @@ def encode_image(
     pixels = Image.fromarray(np.ascontiguousarray(image[..., 0]) if is_grey else image)
     encoded = io.BytesIO()
     if kind == "png":
-        pixels.save(encoded, "PNG", compress_level=1)
+        pixels.save(encoded, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     else:
         pixels.save(encoded, "JPEG", quality=_JPEG_QUALITY)
     return encoded.getvalue()
@@ -166,7 +177,7 @@ def _strip_rows(path: Path, settings: CutSettings, with_words: bool) -> tuple[li
         located += pair.kind == "heading"
         number = numbers[pair.page, pair.kind] = numbers.get((pair.page, pair.kind), 0) + 1
         grey = np.ascontiguousarray(pair.image[..., 0])
-        packed, length = difference_hash(grey, STRIP_CELLS)
+        packed, length = difference_hash(grey, STRIP_CELLS, is_cropped=True)
         rows.append(
             _Row(
                 suffix=f"p{pair.page + 1}-{_LETTERS[pair.kind]}{number}",
@@ -195,7 +206,7 @@ def _rendered(path: Path, settings: CutSettings, found: dict[int, list[str]]) ->
         for page in range(document.num_pages):
             image = document.render(page, dpi=settings.page_dpi)
             grey = np.asarray(Image.fromarray(image).convert("L"))
-            packed, length = difference_hash(grey, PAGE_CELLS)
+            packed, length = difference_hash(grey, PAGE_CELLS, is_cropped=False)
             yield _Row(
                 suffix=f"p{page + 1}",
                 texts=found.get(page, []),

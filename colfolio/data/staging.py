@@ -103,14 +103,15 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise
 
 
-def present(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
-    """The files that match, by name relative to the folder, seen through an unfinished commit."""
-    paths = [path for pattern in patterns for path in folder.glob(pattern)]
-    found = {path.relative_to(folder).as_posix(): path for path in paths}
+def present(folder: Path) -> dict[str, Path]:
+    """The README and every Parquet file by relative name, seen through an unfinished commit."""
+    found = {}
+    for pattern in ("README.md", "*.parquet", "[!.]*/**/*.parquet"):
+        found |= {path.relative_to(folder).as_posix(): path for path in folder.glob(pattern)}
     journal = _journal(folder)
     for name in journal["files"]:
         aside = folder / _STAGING / name
-        if aside.exists() and any(PurePosixPath(name).full_match(each) for each in patterns):
+        if aside.exists():
             found[name] = aside
     return {name: path for name, path in found.items() if name not in journal["removed"]}
 

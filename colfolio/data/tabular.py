@@ -20,7 +20,8 @@ from typing import Any
 import pyarrow as pa
 
 from colfolio.data import layout
-from colfolio.data.documents import IMAGE_SUFFIXES, open_document
+from colfolio.data.documents import open_document
+from colfolio.data.images import IMAGE_SUFFIXES
 from colfolio.data.query_text import query_id
 from colfolio.errors import DatasetError, DocumentError
 
@@ -94,7 +95,7 @@ def _lines(file: Path) -> Iterator[_Line]:
 def _csv_lines(file: Path) -> Iterator[_Line]:
     with file.open(encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, strict=True)
-        _check_columns(reader.fieldnames or [], str(file))
+        _check_columns(list(reader.fieldnames or []), str(file))
         for values in reader:
             if None in values:
                 raise DatasetError(

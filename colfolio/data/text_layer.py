@@ -8,7 +8,6 @@ as shown (rotated, mirrored) gives no words.
 from __future__ import annotations
 
 import ctypes
-import string
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,7 @@ _WIDEST_GAP = 2.5
 _LEAST_SHARED_HEIGHT = 0.4
 _TOLERANCE = 0.002
 _HYPHEN_AT_LINE_END = 2
-_LETTERS = [ord(letter) for letter in string.ascii_letters]
+_BREAKS = frozenset(b"\t\n\v\f\r")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,22 +159,26 @@ def _characters(text: object) -> tuple[list[int], Float32[np.ndarray, "character
 
 
 def _in_byte_order(codes: list[int]) -> list[int]:
-    """Codes with the ligatures of LuaTeX put right, on pages without Chinese characters.
+    """Codes with the ligatures of LuaTeX put right, on pages that hold no East Asian text.
 
-    PDFium 152 and older read a replacement text of several letters in the wrong byte order: "fi" on
-    the page comes out as U+6600 U+6900.
+    PDFium (seen with 159) reads a replacement text in the wrong byte order: a page's "fi" comes out
+    as U+6600 U+6900.
     """
     found = np.array(codes, np.int64)
-    swapped = (found & 0xFF == 0) & np.isin(found >> 8, _LETTERS)
-    if not swapped.any() or ((found >= 0x3400) & (found < 0xA000) & ~swapped).any():
+    swapped = ((found & 0xFF) << 8) | (found >> 8)
+    is_asian = (found >= 0x3400) & (found < 0xE000)
+    is_latin = (swapped > 0x20) & (swapped < 0x250)
+    if not is_asian.any() or (is_asian & ~is_latin).any():
         return codes
-    return np.where(swapped, found >> 8, found).tolist()
+    return np.where(is_asian, swapped, found).tolist()
 
 
 def _character(code: int) -> str:
     if code == _HYPHEN_AT_LINE_END:
         return "-"
-    return chr(code) if 0 < code < 0xD800 or 0xDFFF < code <= 0x10FFFF else "\ufffd"
+    is_control = code < 0x20 and code not in _BREAKS
+    is_surrogate = 0xD800 <= code < 0xE000
+    return "\ufffd" if is_control or is_surrogate or code > 0x10FFFF else chr(code)
 
 
 def _shown_boxes(

@@ -34,6 +34,7 @@ WHOLE_PAGE: BoxF = (0.0, 0.0, 1.0, 1.0)
 _WIDTH_STEP = 28
 _WORD_GAP = 0.15
 _WHOLE_UP_TO = 1.3
+_ALSO_WHOLE_UP_TO = 1.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +104,10 @@ def snap_to_ink(page: ColourPage | GreyPage, box: BoxF) -> BoxF | None:
 def find_strips(page: ColourPage | GreyPage) -> list[View]:
     """The lines of text found in a page's pixels, as strips.
 
-    A line a little too wide for one strip is scaled down. A wider one is cut at gaps between words
-    into overlapping pieces, as wide as fits, that begin about half a strip after one another: a
-    phrase of up to half a strip lies whole in at least one of them.
+    A line up to 1.3 times too wide for one strip is scaled down. A wider one is cut at gaps between
+    words into overlapping pieces, as wide as fits, that begin about half a strip after one another:
+    a phrase of up to half a strip lies whole in at least one of them. Up to 1.8 times too wide, as
+    long headings are, it also gives one strip of the whole line.
     """
     ink = PageInk.of(to_grey(page))
     boxes = [_fractions(page, part) for line in find_lines(ink) for part in _pieces(ink, line)]
@@ -146,13 +148,13 @@ def _pieces(page: PageInk, line: PixelBox) -> list[PixelBox]:
     starts, ends = words[:, 0], words[:, 1]
     gaps = np.concatenate([[right - left], starts[1:] - ends[:-1], [right - left]])
     steps = int(np.ceil((right - left - most) / (0.5 * most)))
-    pieces = []
+    pieces = [line] if right - left <= _ALSO_WHOLE_UP_TO * most else []
     for step in range(steps):
         begin = step * (right - left - most) / steps
         slack = 0.1 * most if step else 0.0
         first = _widest_gap(gaps[:-1], starts, begin - slack, begin + slack)
         limit = starts[first] + most
-        last = _widest_gap(gaps[1:], ends, limit - 0.12 * most, limit)
+        last = max(first, _widest_gap(gaps[1:], ends, limit - 0.12 * most, limit))
         pieces.append((left + int(starts[first]), top, left + int(ends[last]), bottom))
     begin = right - left - most
     first = _widest_gap(gaps[:-1], starts, begin, begin + 0.12 * most)

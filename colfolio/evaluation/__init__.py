@@ -1,6 +1,6 @@
 """Scores and relevance judgements to metrics, beside chance and a baseline that reads nothing."""
 
-from colfolio.evaluation.baseline import InkLine, fit_ink_line
+from colfolio.evaluation.baseline import ExtentLine, fit_extent_line
 from colfolio.evaluation.benchmark import (
     Encoder,
     evaluate_index,
@@ -31,7 +31,7 @@ __all__ = [
     "METRICS",
     "Encoder",
     "Evaluation",
-    "InkLine",
+    "ExtentLine",
     "Metric",
     "Outcome",
     "RelevantRanks",
@@ -41,7 +41,7 @@ __all__ = [
     "evaluate_index",
     "evaluate_model",
     "evaluate_scores",
-    "fit_ink_line",
+    "fit_extent_line",
     "mean_metrics",
     "outcomes",
     "per_query",

@@ -1,9 +1,9 @@
 """The baseline that reads nothing: a long title fills a wide strip.
 
-It knows the length of a query's text and the extent of an image's ink, and nothing of what either
-says. On strips the extent is the width of the ink at strip height; on other images (whole pages)
-the width says nothing, so it is the share of the image that is ink, and the baseline is then close
-to chance. A model that does not beat it has not learned to read.
+It knows the length of a query's text and the extent of an image, and nothing of what either says.
+On strips the extent is the width of the ink at strip height. On other images (whole pages) a width
+says nothing; there it is the size of the stored image, which grows with what is on the page, and
+the baseline is close to chance. A model that does not beat it has not learned to read.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 from colfolio.data.dataset import Corpus, RetrievalDataset
 from colfolio.data.views import STRIP_HEIGHT
 
-Extent = Literal["ink width", "ink share"]
+Extent = Literal["ink width", "image size"]
 
 _INK_CONTRAST = 0.35  # of the image's largest contrast: below it lie scan noise and tinted grounds
 _FLAT = 24  # grey levels: an image of less contrast has no ink
 
 
 @dataclass(frozen=True, slots=True)
-class InkLine:
+class ExtentLine:
     """Extent expected of a text: `slope * characters + intercept`, in the unit of `extent`."""
 
     slope: float
@@ -46,33 +46,27 @@ def ink_width(image: UInt8[np.ndarray, "height width 3"]) -> float:
     return float(columns[-1] - columns[0] + 1) * STRIP_HEIGHT / image.shape[0]
 
 
-def ink_share(image: UInt8[np.ndarray, "height width 3"]) -> float:
-    """Share of the pixels that stand out from the ground, which is the median grey."""
-    grey = image[::2, ::2].mean(axis=2)
-    contrast = np.abs(grey - np.median(grey))
-    if contrast.max(initial=0) < _FLAT:
-        return 0.0
-    return float((contrast > _INK_CONTRAST * contrast.max()).mean())
-
-
 def extent_of(corpus: Corpus, rows: Iterable[int] | None = None) -> Extent:
-    """What is measured in these rows: `ink width` if all are strips, else `ink share`."""
+    """What is measured in these rows: `ink width` if all are strips, else `image size`."""
     chosen = range(len(corpus)) if rows is None else rows
     is_strip = (corpus.image_size(row)[0] <= 2 * STRIP_HEIGHT for row in chosen)
-    return "ink width" if all(is_strip) else "ink share"
+    return "ink width" if all(is_strip) else "image size"
 
 
-def ink_extents(
+def image_extents(
     corpus: Corpus, extent: Extent, rows: Iterable[int] | None = None
 ) -> Float64[np.ndarray, " rows"]:
-    """The extent of the ink in each image of a corpus, or in those of some rows."""
-    measure = ink_width if extent == "ink width" else ink_share
+    """The extent of each image of a corpus, or of some rows: pixels of ink, or bytes as stored."""
     chosen = range(len(corpus)) if rows is None else rows
-    return np.array([measure(corpus.image(row)) for row in chosen], dtype=np.float64)
+    if extent == "ink width":
+        measured = [ink_width(corpus.image(row)) for row in chosen]
+    else:
+        measured = [float(len(corpus.encoded(row))) for row in chosen]
+    return np.array(measured, dtype=np.float64)
 
 
-def fit_ink_line(dataset: RetrievalDataset, max_pairs: int = 2000) -> InkLine:
-    """The least-squares line from text length to ink extent over a split's queries and answers.
+def fit_extent_line(dataset: RetrievalDataset, max_pairs: int = 2000) -> ExtentLine:
+    """The least-squares line from text length to image extent over a split's queries and answers.
 
     Args:
         dataset: a split that is not the one to evaluate; its headings if it has any, else all.
@@ -84,29 +78,29 @@ def fit_ink_line(dataset: RetrievalDataset, max_pairs: int = 2000) -> InkLine:
     row_of = {id_: row for row, id_ in enumerate(dataset.corpus.ids)}
     rows = [row_of[dataset.positives(query.id)[0]] for query in queries]
     extent = extent_of(dataset.corpus, rows)
-    extents = ink_extents(dataset.corpus, extent, rows)
+    extents = image_extents(dataset.corpus, extent, rows)
     return fit_line([len(query.text) for query in queries], extents, extent)
 
 
 def fit_line(
     lengths: Sequence[int], extents: Float64[np.ndarray, " pairs"], extent: Extent
-) -> InkLine:
+) -> ExtentLine:
     """The least-squares line through pairs of text length and extent."""
     if len(set(lengths)) < 2:
-        return InkLine(0.0, float(np.mean(extents)), extent)
+        return ExtentLine(0.0, float(np.mean(extents)), extent)
     slope, intercept = np.polyfit(lengths, extents, deg=1)
-    return InkLine(float(slope), float(intercept), extent)
+    return ExtentLine(float(slope), float(intercept), extent)
 
 
 def guess_line(
     lengths: Sequence[int], extents: Float64[np.ndarray, " documents"], extent: Extent
-) -> InkLine:
+) -> ExtentLine:
     """A line through the origin from the median length to the median extent, without any pair."""
-    return InkLine(float(np.median(extents)) / max(1.0, float(np.median(lengths))), 0.0, extent)
+    return ExtentLine(float(np.median(extents)) / max(1.0, float(np.median(lengths))), 0.0, extent)
 
 
 def baseline_scores(
-    texts: Sequence[str], extents: Float64[np.ndarray, " documents"], line: InkLine
+    texts: Sequence[str], extents: Float64[np.ndarray, " documents"], line: ExtentLine
 ) -> Float32[Tensor, "queries documents"]:
     """Minus the distance between the extent a text should have and the extent an image has."""
     lengths = np.array([len(text) for text in texts], dtype=np.float64)
@@ -116,17 +110,17 @@ def baseline_scores(
 
 
 def dataset_baseline(
-    dataset: RetrievalDataset, fitted: InkLine | None = None
+    dataset: RetrievalDataset, fitted: ExtentLine | None = None
 ) -> tuple[Float32[Tensor, "queries documents"], Extent]:
     """The baseline's scores of every query and image of a dataset, and what it measured.
 
     Args:
         dataset: the split to evaluate; its relevance judgements are not looked at.
-        fitted: a line of another split (`fit_ink_line`); without one, or when it measured something
-            else, the line is guessed from the medians of the dataset's own texts and images.
+        fitted: a line of another split (`fit_extent_line`); without one, or when it measured
+            something else, the line is guessed from the medians of these texts and images.
     """
     extent = extent_of(dataset.corpus)
-    extents = ink_extents(dataset.corpus, extent)
+    extents = image_extents(dataset.corpus, extent)
     texts = [query.text for query in dataset.queries]
     if fitted is None or fitted.extent != extent:
         fitted = guess_line([len(text) for text in texts], extents, extent)

@@ -17,7 +17,7 @@ from torch import Tensor
 from colfolio.batch import MultiVectors
 from colfolio.data.dataset import Corpus, RetrievalDataset
 from colfolio.errors import DatasetError
-from colfolio.evaluation.baseline import InkLine, dataset_baseline
+from colfolio.evaluation.baseline import ExtentLine, dataset_baseline
 from colfolio.evaluation.metrics import METRICS, mean_metrics
 from colfolio.evaluation.results import Evaluation, Scored, evaluate_scores
 from colfolio.maxsim import maxsim
@@ -54,7 +54,7 @@ class PageScorer(Protocol):
 
 
 def evaluate_model(
-    encoder: Encoder, dataset: RetrievalDataset, fitted: InkLine | None = None
+    encoder: Encoder, dataset: RetrievalDataset, fitted: ExtentLine | None = None
 ) -> Evaluation:
     """Every query of a split against every image of its corpus; see `score_model`."""
     return evaluate_scores(score_model(encoder, dataset, fitted))
@@ -68,7 +68,7 @@ def quick_metrics(
 
 
 def evaluate_index(
-    searcher: PageScorer, dataset: RetrievalDataset, fitted: InkLine | None = None
+    searcher: PageScorer, dataset: RetrievalDataset, fitted: ExtentLine | None = None
 ) -> Evaluation:
     """Every query of a split against every page of its corpus, by an index; see `score_index`."""
     return evaluate_scores(score_index(searcher, dataset, fitted))
@@ -77,7 +77,7 @@ def evaluate_index(
 def score_model(
     encoder: Encoder,
     dataset: RetrievalDataset,
-    fitted: InkLine | None = None,
+    fitted: ExtentLine | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Scored:
     """Scores of every query against every image; only some images are held at a time.
@@ -85,14 +85,14 @@ def score_model(
     Args:
         encoder: the model.
         dataset: one split.
-        fitted: the baseline's line, from another split (`fit_ink_line`).
+        fitted: the baseline's line, from another split (`fit_extent_line`).
         on_progress: called with the images done and their number.
     """
     return _scored(_model_scores(encoder, dataset, on_progress), dataset, fitted)
 
 
 def score_index(
-    searcher: PageScorer, dataset: RetrievalDataset, fitted: InkLine | None = None
+    searcher: PageScorer, dataset: RetrievalDataset, fitted: ExtentLine | None = None
 ) -> Scored:
     """Scores of every query against the pages of the dataset's corpus, as an index gives them.
 
@@ -153,7 +153,7 @@ def _image_chunks(corpus: Corpus) -> Iterator[list[np.ndarray]]:
         yield images
 
 
-def _scored(scores: Tensor, dataset: RetrievalDataset, fitted: InkLine | None) -> Scored:
+def _scored(scores: Tensor, dataset: RetrievalDataset, fitted: ExtentLine | None) -> Scored:
     baseline, extent = dataset_baseline(dataset, fitted)
     return Scored(
         scores=scores,

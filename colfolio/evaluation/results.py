@@ -26,7 +26,7 @@ class Scored:
         unseen: bool `[queries]`: the text of the query is known not to occur in training; None when
             the dataset does not say.
         dataset: its name and split, for people.
-        extent: what the baseline measures: "ink width" or "ink share".
+        extent: what the baseline measures: "ink width" or "image size".
     """
 
     scores: Float[Tensor, "queries candidates"]
@@ -61,7 +61,7 @@ class Evaluation:
         num_unseen: queries whose text does not occur in training; None when that is not known.
         unseen: the same metrics over these; empty when there are none or it is not known.
         tied: share of wrong candidates whose score cannot be told from the right one's.
-        extent: what the baseline compares the length of a query with: "ink width" or "ink share".
+        extent: what the baseline compares the length of a query with: "ink width" or "image size".
     """
 
     dataset: str

@@ -27,7 +27,8 @@ from colfolio.models.checkpoint import load_parts, save_parts
 from colfolio.models.contract import Contract, hash_weights
 from colfolio.models.vision_positions import vision_position_ids
 
-ImageLike = UInt8[np.ndarray, "H W 3"] | Path | str | Image.Image
+# "_": images of one call may differ in size
+ImageLike = UInt8[np.ndarray, "_H _W 3"] | Path | str | Image.Image
 
 
 @dataclass(frozen=True, slots=True)

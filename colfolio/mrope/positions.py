@@ -39,11 +39,12 @@ def position_ids(
             not add up to its grids.
     """
     merge = torch.tensor([1, spatial_merge_size, spatial_merge_size], device=grid_thw.device)
-    if (grid_thw % merge).any():
-        row = int((grid_thw % merge).any(dim=1).nonzero()[0])
+    misfit = (grid_thw % merge).any(dim=1) | (grid_thw < 1).any(dim=1)
+    if misfit.any():
+        grid = int(misfit.nonzero()[0])
         raise ValueError(
-            f"grid {row} is {grid_thw[row].tolist()}: height and width must be multiples of the "
-            f"merge size {spatial_merge_size}"
+            f"grid {grid} is {grid_thw[grid].tolist()}: its sides must be positive, height and "
+            f"width multiples of the merge size {spatial_merge_size}"
         )
     merged = grid_thw // merge  # [G, 3]
     visual = token_types != TEXT  # [N]
@@ -53,9 +54,9 @@ def position_ids(
     # the advance of a grid is booked on its first token, and the other visual tokens add nothing.
     advance = (~visual).long()
     advance[first] = merged.amax(dim=1)
-    start = advance.cumsum(0) - advance  # [N], counted over the whole batch
-    rows = torch.repeat_interleave(offsets.diff().to(start.device))  # [N], sequence of each token
-    start = start - start[offsets[:-1].clamp(max=max(len(start) - 1, 0)).to(start.device)][rows]
+    so_far = torch.cat([advance.new_zeros(1), advance.cumsum(0)])  # [N + 1], over the whole batch
+    lengths = offsets.diff().to(advance.device)
+    start = so_far[:-1] - so_far[offsets[:-1].to(advance.device)].repeat_interleave(lengths)  # [N]
     positions = start.expand(3, -1).clone()
     positions[:, visual] = start[first].repeat_interleave(sizes) + _grid_coordinates(merged, sizes)
     return positions
@@ -72,19 +73,36 @@ def _grid_coordinates(merged: Tensor, sizes: Tensor) -> Tensor:
 def _first_tokens(visual: Tensor, sizes: Tensor, offsets: Tensor) -> Tensor:
     """Index of the first placeholder of each grid: int64 `[G]`."""
     where = visual.nonzero()[:, 0]  # [V]
+    rows = torch.searchsorted(offsets.to(where.device), where, right=True) - 1  # [V]
     if len(where) != int(sizes.sum()):
-        raise ValueError(f"{len(where)} placeholder tokens, but the grids need {int(sizes.sum())}")
+        raise ValueError(_misfit(where.tolist(), rows.tolist(), sizes.tolist()))
     begin = sizes.cumsum(0) - sizes
-    first, last = where[begin], where[begin + sizes - 1]
-    broken = (last - first + 1 != sizes) | (
-        torch.searchsorted(offsets.to(first.device), first, right=True)
-        != torch.searchsorted(offsets.to(first.device), last, right=True)
-    )
-    if broken.any():
-        grid = int(broken.nonzero()[0])
-        row = int(torch.searchsorted(offsets.to(first.device), first[grid], right=True)) - 1
-        raise ValueError(
-            f"row {row}: grid {grid} needs {int(sizes[grid])} placeholder tokens in one run, "
-            f"found them broken between tokens {int(first[grid])} and {int(last[grid])}"
-        )
-    return first
+    first, last = begin, begin + sizes - 1
+    if ((where[last] - where[first] + 1 != sizes) | (rows[first] != rows[last])).any():
+        raise ValueError(_misfit(where.tolist(), rows.tolist(), sizes.tolist()))
+    return where[first]
+
+
+def _misfit(where: list[int], rows: list[int], sizes: list[int]) -> str:
+    """The first grid whose placeholders do not stand in one run of one row, or what is left."""
+    begin = 0
+    for grid, size in enumerate(sizes):
+        if begin == len(where):
+            return f"grid {grid} needs {size} placeholder tokens, but all are taken"
+        token, row, found = where[begin], rows[begin], 0
+        while (
+            begin < len(where)
+            and found < size
+            and (where[begin], rows[begin])
+            == (
+                token + found,
+                row,
+            )
+        ):
+            begin, found = begin + 1, found + 1
+        if found < size:
+            return (
+                f"row {row}: grid {grid} needs {size} placeholder tokens in one run from token "
+                f"{token} on, found {found}"
+            )
+    return f"row {rows[begin]}: placeholder token {where[begin]} belongs to no grid"

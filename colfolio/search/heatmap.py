@@ -19,7 +19,7 @@ from colfolio.search.searcher import Hit, Searcher
 _SHOWN_DPI = 110.0
 _HEAT = (255, 140, 0)
 _FRAME = (214, 92, 0)
-_STRONGEST = 0.55
+_STRONGEST = 0.7
 
 
 def heat_map(searcher: Searcher, hit: Hit, query: str) -> Float[np.ndarray, "rows columns"]:
@@ -127,7 +127,7 @@ def _draw(
     marked = ImageChops.multiply(image, Image.new("RGB", image.size, _HEAT))
     image.paste(marked, (0, 0), within)
     if box != (0.0, 0.0, 1.0, 1.0):
-        line = max(1, round(max(width, height) / 500))
+        line = max(1, round(max(width, height) / 640))
         gap = 2 * line
         outer = (frame[0] - gap, frame[1] - gap, frame[2] + gap - 1, frame[3] + gap - 1)
         ImageDraw.Draw(image).rounded_rectangle(outer, 2 * line, outline=_FRAME, width=line)

@@ -95,7 +95,7 @@ class IndexSettings(Settings):
     views: ViewKind = "page"
     dpi: float = Field(144.0, gt=0)
     dtype: VectorType = "float16"
-    batch_tokens: int = Field(4096, gt=0)
+    batch_tokens: int = Field(2048, gt=0)
     max_bad_share: float = Field(0.01, ge=0, le=1)
     store_pages: bool = True
 

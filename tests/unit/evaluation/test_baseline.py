@@ -7,10 +7,10 @@ from colfolio.evaluation.baseline import (
     baseline_scores,
     dataset_baseline,
     extent_of,
-    fit_ink_line,
+    fit_extent_line,
     fit_line,
     guess_line,
-    ink_share,
+    image_extents,
     ink_width,
 )
 from colfolio.evaluation.metrics import mean_metrics
@@ -41,13 +41,6 @@ def test_ink_width_is_measured_at_strip_height():
 def test_an_empty_image_has_no_ink(grey):
     empty = np.full((28, 84, 3), grey, dtype=np.uint8)
     assert ink_width(empty) == 0
-    assert ink_share(empty) == 0
-
-
-def test_ink_share_is_the_share_of_the_page_that_is_not_ground():
-    page = np.full((100, 200, 3), 250, dtype=np.uint8)
-    page[:50, :40] = 10
-    assert ink_share(page) == pytest.approx(0.1)
 
 
 def test_a_line_is_fitted_by_least_squares():
@@ -72,7 +65,7 @@ def test_the_baseline_prefers_the_image_whose_ink_fits_the_text():
 
 
 def test_a_line_from_another_split_orders_strips_by_width(strips_folder, strips):
-    line = fit_ink_line(load_dataset(strips_folder, "train"))
+    line = fit_extent_line(load_dataset(strips_folder, "train"))
     assert line.slope == pytest.approx(10.0)
     scores, extent = dataset_baseline(strips, line)
     assert extent == "ink width"
@@ -83,17 +76,19 @@ def test_the_split_is_read_only_as_far_as_asked(strips_folder, monkeypatch):
     dataset = load_dataset(strips_folder, "train")
     read, image = [], dataset.corpus.image
     monkeypatch.setattr(dataset.corpus, "image", lambda row: read.append(row) or image(row))
-    fit_ink_line(dataset, max_pairs=2)
+    fit_extent_line(dataset, max_pairs=2)
     assert read == [0, 2]
 
 
 def test_a_line_that_measured_something_else_is_not_used(strips):
-    wrong = fit_line([1, 2], np.array([0.1, 0.2]), "ink share")
+    wrong = fit_line([1, 2], np.array([0.1, 0.2]), "image size")
     assert torch.equal(dataset_baseline(strips, wrong)[0], dataset_baseline(strips)[0])
 
 
-def test_images_taller_than_strips_are_measured_by_their_share_of_ink(strips, monkeypatch):
+def test_images_taller_than_strips_are_measured_by_their_stored_size(strips, monkeypatch):
     assert extent_of(strips.corpus) == "ink width"
     monkeypatch.setattr(strips.corpus, "image_size", lambda row: (28 if row else 1100, 800))
-    assert extent_of(strips.corpus) == "ink share"
+    assert extent_of(strips.corpus) == "image size"
     assert extent_of(strips.corpus, [1, 2]) == "ink width"
+    sizes = image_extents(strips.corpus, "image size")
+    assert sizes.tolist() == [len(strips.corpus.encoded(row)) for row in range(4)]

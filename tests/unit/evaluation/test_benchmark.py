@@ -4,7 +4,7 @@ import torch
 from colfolio.data.dataset import load_dataset
 from colfolio.errors import DatasetError
 from colfolio.evaluation import benchmark
-from colfolio.evaluation.baseline import fit_ink_line
+from colfolio.evaluation.baseline import fit_extent_line
 from colfolio.evaluation.benchmark import (
     evaluate_index,
     evaluate_model,
@@ -43,7 +43,7 @@ def test_a_model_that_reads_is_told_from_one_that_does_not(strips):
 
 
 def test_the_baseline_stands_beside_the_model(strips_folder, strips):
-    line = fit_ink_line(load_dataset(strips_folder, "train"))
+    line = fit_extent_line(load_dataset(strips_folder, "train"))
     evaluation = evaluate_model(WidthEncoder(is_blind=True), strips, line)
     assert evaluation.metric("recall@1").baseline == 1.0
     assert evaluation.extent == "ink width"

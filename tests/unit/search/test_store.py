@@ -180,7 +180,8 @@ writer._PART_BYTES = 1
 
 def pages():
     for number in range(10**6):
-        yield SourcePage("endless.pdf", number, np.full((28, 280, 3), number % 256, np.uint8))
+        image = np.random.default_rng(number).integers(0, 256, (28, 280, 3), np.uint8)
+        yield SourcePage("endless.pdf", number, image)
         if number % 50 == 0:
             print(number, flush=True)
 
@@ -190,6 +191,7 @@ build_index(FakeEncoder(), pages(), Path({out!r}), IndexSettings())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_new", [False, True])
 def test_a_killed_build_leaves_the_index_before_it(tmp_path, encoder, pages, is_new):
     index = tmp_path / "index"
@@ -213,6 +215,7 @@ def test_a_killed_build_leaves_the_index_before_it(tmp_path, encoder, pages, is_
     assert len(Searcher(index, encoder).pages) == len(pages)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_that_names_the_index(tmp_path):
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
     script = limit + BUILD.format(here=str(Path(__file__).parent), out=str(tmp_path / "i"))

@@ -1,0 +1,239 @@
+"""What a demo came to: `results.json` and `report.html`, from the files that its commands wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from colfolio.data.dataset import RetrievalDataset, load_dataset
+from colfolio.demo.plan import Command, DemoFolder
+from colfolio.diagnosis import (
+    CommandRun,
+    Example,
+    Highlight,
+    MetricTable,
+    PageHit,
+    RankedImage,
+    ReportData,
+    read_log,
+    write_report,
+)
+from colfolio.evaluation import (
+    Evaluation,
+    Outcome,
+    chance,
+    evaluate_scores,
+    outcomes,
+    ranks,
+    score_index,
+    score_model,
+)
+from colfolio.models import Retriever
+from colfolio.search import Searcher, hit_image
+
+_NUM_EXAMPLES = 6
+_NUM_PAGE_HITS = 3
+
+
+def write_outcome(
+    folder: DemoFolder, plan: list[Command], seconds: dict[str, float], seed: int
+) -> dict[str, Any]:
+    """Write results and report of a finished demo, and return the results.
+
+    Args:
+        seconds: of each command, by its key.
+        seed: of the run.
+    """
+    retriever = Retriever.from_pretrained(folder / "run" / "model")
+    strips = load_dataset(folder / "strips", "test")
+    scored = score_model(retriever, strips)
+    headings = evaluate_scores(scored)
+    pages = load_dataset(folder / "pages", "test")
+    by_page, searchers = {}, {}
+    for page_score in ("best", "union"):
+        searchers[page_score] = Searcher(folder / "index", retriever, page_score)
+        by_page[page_score] = evaluate_scores(score_index(searchers[page_score], pages))
+    results = _results(headings, by_page, seconds, seed)
+    _write_json(folder, results)
+    found = outcomes(scored)
+    report = ReportData(
+        title="A model that finds sections by their title",
+        summary=_summary(headings, by_page["best"]),
+        highlights=_highlights(results),
+        commands=[CommandRun(command.line, seconds.get(command.key)) for command in plan],
+        recipe=(folder / "run" / "recipe.yaml").read_text(encoding="utf-8"),
+        log=read_log(folder / "run" / "log.jsonl"),
+        chance_ndcg=_validation_chance(folder),
+        tables=_tables(headings, by_page),
+        hits=_examples(strips, [outcome for outcome in found if outcome.rank == 1]),
+        misses=_examples(strips, [outcome for outcome in found if outcome.rank > 1]),
+        page_hits=_page_hits(
+            searchers["best"], pages, outcomes(score_index(searchers["best"], pages))
+        ),
+        notes=_notes(),
+        environment=_environment(seed),
+    )
+    write_report(report, folder / "report.html")
+    return results
+
+
+def _results(
+    headings: Evaluation, by_page: dict[str, Evaluation], seconds: dict[str, float], seed: int
+) -> dict[str, Any]:
+    ndcg, unseen = headings.metric("ndcg@5"), {m.name: m for m in headings.unseen}
+    page = by_page["best"].metric("ndcg@5")
+    return {
+        "ndcg@5": ndcg.value,
+        "ndcg@5_interval": [ndcg.low, ndcg.high],
+        "recall@1": headings.metric("recall@1").value,
+        "mrr": headings.metric("mrr").value,
+        "chance_ndcg@5": ndcg.chance,
+        "baseline_ndcg@5": ndcg.baseline,
+        "unseen_ndcg@5": unseen["ndcg@5"].value if unseen else None,
+        "candidates": headings.num_candidates,
+        "queries": headings.num_queries,
+        "page_ndcg@5": page.value,
+        "page_ndcg@5_interval": [page.low, page.high],
+        "page_union_ndcg@5": by_page["union"].metric("ndcg@5").value,
+        "page_chance_ndcg@5": page.chance,
+        "page_candidates": by_page["best"].num_candidates,
+        "page_queries": by_page["best"].num_queries,
+        "prepare_seconds": seconds["prepare"],
+        "train_seconds": seconds["train"],
+        "total_seconds": round(sum(seconds.values()), 1),
+        "seed": seed,
+    }
+
+
+def _write_json(folder: DemoFolder, results: dict[str, Any]) -> None:
+    aside = folder / ".results.json"
+    aside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    aside.replace(folder / "results.json")
+
+
+def _summary(headings: Evaluation, pages: Evaluation) -> str:
+    return (
+        "A late-interaction retriever of 1.1 million parameters, trained from random weights on "
+        "crops of page images: its query is a section's title, its document the picture of that "
+        f"heading. Measured on {headings.num_candidates:,} headings and {pages.num_candidates:,} "
+        "whole pages of documents whose families it never saw."
+    )
+
+
+def _highlights(results: dict[str, Any]) -> list[Highlight]:
+    def beside(name: str) -> str:
+        return f"chance {results[f'{name}chance_ndcg@5']:.4f}"
+
+    unseen = results["unseen_ndcg@5"]
+    return [
+        Highlight(
+            "nDCG@5, headings",
+            f"{results['ndcg@5']:.3f}",
+            f"{beside('')}, blind baseline {results['baseline_ndcg@5']:.4f}",
+        ),
+        Highlight("recall@1, headings", f"{results['recall@1']:.3f}"),
+        Highlight("nDCG@5, unseen titles", "–" if unseen is None else f"{unseen:.3f}"),
+        Highlight("nDCG@5, whole pages", f"{results['page_ndcg@5']:.3f}", beside("page_")),
+        Highlight("training", f"{results['train_seconds']:.0f} s"),
+        Highlight("in total", f"{results['total_seconds'] / 60:.1f} min"),
+    ]
+
+
+def _tables(headings: Evaluation, by_page: dict[str, Evaluation]) -> list[MetricTable]:
+    best, union = by_page["best"], by_page["union"]
+    return [
+        MetricTable(
+            f"Headings: {headings.num_queries:,} titles, {headings.num_candidates:,} candidates",
+            headings.metrics,
+            headings.unseen,
+        ),
+        MetricTable(
+            f"Whole pages, best line: {best.num_queries:,} titles, {best.num_candidates:,} pages",
+            best.metrics,
+            best.unseen,
+            "A page scores as its best line of text.",
+        ),
+        MetricTable(
+            "Whole pages, union of lines",
+            union.metrics,
+            union.unseen,
+            "A page scores by the vectors of all its lines together.",
+        ),
+    ]
+
+
+def _examples(dataset: RetrievalDataset, found: list[Outcome]) -> list[Example]:
+    """Examples spread evenly over the queries, so that nobody picked them."""
+    chosen = [found[i] for i in _spread(len(found), _NUM_EXAMPLES)]
+    return [_example(dataset, outcome) for outcome in chosen]
+
+
+def _example(dataset: RetrievalDataset, outcome: Outcome) -> Example:
+    corpus, query = dataset.corpus, dataset.queries[outcome.query]
+    right = dataset.qrels[query.id]
+    top = [
+        RankedImage(corpus.image(row), score, corpus.documents[row], corpus.ids[row] in right)
+        for row, score in zip(outcome.top, outcome.top_scores, strict=True)
+    ]
+    place = f"{corpus.documents[outcome.answer]}, page {corpus.pages[outcome.answer] + 1}"
+    return Example(query.text, outcome.rank, corpus.image(outcome.answer), top, place)
+
+
+def _page_hits(
+    searcher: Searcher, dataset: RetrievalDataset, found: list[Outcome]
+) -> list[PageHit]:
+    """The first hit of queries spread evenly over those that were answered right, and one wrong."""
+    right = [outcome for outcome in found if outcome.rank == 1]
+    wrong = [outcome for outcome in found if outcome.rank > 1]
+    chosen = [right[i] for i in _spread(len(right), _NUM_PAGE_HITS)]
+    chosen += [wrong[i] for i in _spread(len(wrong), 1)]
+    hits = []
+    for outcome in chosen:
+        text = dataset.queries[outcome.query].text
+        hit = searcher.search(text, top_k=1)[0]
+        caption = f"{hit.document}, page {hit.page + 1}"
+        image = hit_image(searcher, hit, text)
+        hits.append(PageHit(text, image, caption, hit.score, outcome.rank == 1))
+    return hits
+
+
+def _spread(size: int, count: int) -> list[int]:
+    return np.linspace(0, size - 1, min(size, count)).round().astype(int).tolist()
+
+
+def _validation_chance(folder: DemoFolder) -> float:
+    """nDCG@5 that a random order of the validation candidates has."""
+    dataset = load_dataset(folder / "strips", "validation")
+    column_of = {id_: column for column, id_ in enumerate(dataset.corpus.ids)}
+    relevance = torch.zeros(len(dataset.queries), len(column_of), dtype=torch.bool)
+    for row, query in enumerate(dataset.queries):
+        relevance[row, [column_of[id_] for id_ in dataset.qrels[query.id]]] = True
+    return float(chance(ranks(torch.zeros(relevance.shape), relevance), "ndcg@5").mean())
+
+
+def _notes() -> list[str]:
+    return [
+        "Ties are broken against the model: a model that scores everything alike gets no credit.",
+        "The blind baseline reads nothing: it orders crops by how well the width of their ink fits "
+        "the length of the title.",
+        "Whole pages are found through their lines of text, which are cut out of the pixels; the "
+        "model was never trained on pages.",
+        "On clean printed pages like these, OCR with BM25 finds far more than this tiny model; the "
+        "README has the figures.",
+    ]
+
+
+def _environment(seed: int) -> list[tuple[str, str]]:
+    packages = ("colfolio", "torch", "transformers", "pypdfium2", "lancedb")
+    return [
+        ("seed", str(seed)),
+        ("machine", f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"),
+        ("Python", platform.python_version()),
+        *((name, version(name)) for name in packages),
+    ]

@@ -1,0 +1,144 @@
+import pytest
+from pydantic import Field
+
+from colfolio.config import Settings, load_settings, to_yaml, validated
+from colfolio.errors import ColfolioError, RecipeError
+
+
+class Inner(Settings):
+    lr: float = Field(default=1.0, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+
+
+class Recipe(Settings):
+    name: str
+    steps: int = 3
+    split: str | None = "validation"
+    inner: Inner = Inner()
+    weights: dict[str, float] = Field(default_factory=dict)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_a_recipe_is_read_with_its_defaults(write):
+    recipe = load_settings(write("name: a\ninner: {lr: 0.5}"), Recipe)
+    assert recipe == Recipe(name="a", inner=Inner(lr=0.5))
+
+
+def test_settings_written_as_yaml_read_back_equal(write):
+    recipe = Recipe(name="Größe: 1", split=None, inner=Inner(lr=3e-4), weights={"words": 0.5})
+    assert load_settings(write(to_yaml(recipe)), Recipe) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("3e-4", 3e-4), ("1E+2", 100.0), ("2.5e-1", 0.25), ("1_0e1", 100.0)]
+)
+def test_an_exponent_without_a_point_is_a_number(write, text, value):
+    assert load_settings(write(f"name: a\ninner: {{lr: {text}}}"), Recipe).inner.lr == value
+    assert load_settings(write("name: a"), Recipe, [f"inner.lr={text}"]).inner.lr == value
+
+
+def test_overrides_replace_values_at_any_depth(write):
+    path = write("name: a\nsteps: 1")
+    overrides = ["steps=7", "inner.betas=[0.5, 0.6]", "split=null", "weights.words=2", "name=b=c"]
+    recipe = load_settings(path, Recipe, overrides)
+    assert (recipe.steps, recipe.inner.betas, recipe.split) == (7, (0.5, 0.6), None)
+    assert recipe.weights == {"words": 2.0}
+    assert recipe.name == "b=c"
+
+
+def test_an_override_does_not_reach_the_next_reading(write):
+    path = write("name: a")
+    load_settings(path, Recipe, ["inner.lr=9"])
+    assert load_settings(path, Recipe).inner.lr == 1.0
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", ""])
+def test_an_override_without_key_and_value_is_refused(write, override):
+    with pytest.raises(RecipeError, match="expected key=value"):
+        load_settings(write("name: a"), Recipe, [override])
+
+
+def test_an_override_below_a_value_is_refused(write):
+    with pytest.raises(RecipeError, match="'steps' holds a value"):
+        load_settings(write("name: a\nsteps: 1"), Recipe, ["steps.more=1"])
+
+
+def test_an_override_that_is_no_yaml_names_itself(write):
+    with pytest.raises(RecipeError, match=r"weights=\{a: 1"):
+        load_settings(write("name: a"), Recipe, ["weights={a: 1"])
+
+
+def test_every_unknown_key_is_named_with_its_path(write):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml.*'inner\.learning_rate'.*'nam'"):
+        load_settings(write("nam: a\nname: b\ninner: {learning_rate: 1}"), Recipe)
+    with pytest.raises(RecipeError, match=r"unknown key 'inner\.rate'"):
+        load_settings(write("name: a"), Recipe, ["inner.rate=1"])
+
+
+def test_a_key_given_twice_is_refused(write):
+    with pytest.raises(RecipeError, match="'steps'.*twice"):
+        load_settings(write("name: a\nsteps: 1\nsteps: 2"), Recipe)
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [("steps: many", "steps"), ("inner: {lr: -1}", "inner.lr"), ("inner: 3", "inner")],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_its_key(write, line, key):
+    with pytest.raises(RecipeError, match=f"{key}: "):
+        load_settings(write(f"name: a\n{line}"), Recipe)
+
+
+def test_a_missing_key_is_named(write):
+    with pytest.raises(RecipeError, match="name: Field required"):
+        load_settings(write("steps: 1"), Recipe)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b", "just a string", "3"])
+def test_a_recipe_that_is_no_mapping_is_refused(write, text):
+    with pytest.raises(RecipeError, match="mapping"):
+        load_settings(write(text), Recipe)
+
+
+@pytest.mark.parametrize("text", ["name: [1, 2", "name: 'a", "\tname: a", "a: !!python/object:x 1"])
+def test_what_is_no_plain_yaml_is_refused_with_the_file(write, text):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+        load_settings(write(text), Recipe)
+
+
+def test_keys_that_are_no_words_are_refused(write):
+    with pytest.raises(RecipeError):
+        load_settings(write("name: a\n1: 2"), Recipe)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"name: \xff\xfe\x00")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_settings(path, Recipe)
+
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"none\.yaml: cannot be read"):
+        load_settings(tmp_path / "none.yaml", Recipe)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_settings(tmp_path, Recipe)
+
+
+def test_settings_never_change():
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe(name="a").steps = 4
+
+
+def test_faults_of_plain_values_name_their_origin():
+    with pytest.raises(ColfolioError, match="state.json: name"):
+        validated({}, Recipe, "state.json")
