@@ -113,6 +113,8 @@ def packed_attention(
             heads = [part[:, piece].unflatten(1, (-1, length)) for part in (query, key, value)]
             pieces.append(_batched(*heads, causal, scaling, dropout).flatten(1, 2))
         start += size
+    if not pieces:
+        return torch.empty_like(query)
     return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
 
 

@@ -12,6 +12,20 @@ from typing import Annotated
 
 import typer
 
+# A file system that refuses: full, not writable, or something else stands where a folder should.
+_USERS_ERRORS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EACCES,
+        errno.EROFS,
+        errno.EEXIST,
+        errno.ENOTDIR,
+        errno.EISDIR,
+    }
+)
+
 app = typer.Typer(
     help="Train, explain and serve late-interaction retrievers for page images.",
     no_args_is_help=True,
@@ -30,10 +44,10 @@ def main() -> None:
 
     try:
         app()
-    except ColfolioError as error:
+    except (ColfolioError, FloatingPointError) as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if error.errno not in _USERS_ERRORS:
             raise
         _fail(
             f"{error.filename or 'writing'}: {error.strerror}; what was there before is untouched"

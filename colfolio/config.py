@@ -46,7 +46,7 @@ def load_settings(
     return validated(values, kind, str(path))
 
 
-def validated(values: dict[str, Any], kind: type[AnySettings], origin: str) -> AnySettings:
+def validated(values: object, kind: type[AnySettings], origin: str) -> AnySettings:
     """Settings of a kind from plain values; `origin` is named in errors."""
     try:
         return kind.model_validate(values)

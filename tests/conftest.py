@@ -127,6 +127,11 @@ def texts():
 
 
 @pytest.fixture(scope="session")
+def encode_png():
+    return _png
+
+
+@pytest.fixture(scope="session")
 def write_shapes():
     """Writes splits of synthetic images 56 x 112 of three shapes, named in words by the queries.
 
@@ -146,7 +151,10 @@ def _write_shapes(folder, sizes):
         write_split(
             folder,
             split,
-            [CorpusRow(f"{split}-{n}", _png(_draw(names)), f"d{n}") for n, names in enumerate(picked)],
+            [
+                CorpusRow(f"{split}-{n}", _png(_draw(names)), f"d{n}")
+                for n, names in enumerate(picked)
+            ],
             [Query(f"{split}-{n}", ", ".join(names)) for n, names in enumerate(picked)],
             {f"{split}-{n}": {f"{split}-{n}": 1} for n in range(size)},
         )
@@ -170,6 +178,8 @@ def _draw(names):
 
 
 def _png(image):
+    """An image, or its pixels, as PNG."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     stream = io.BytesIO()
     image.save(stream, format="PNG")
     return stream.getvalue()

@@ -41,7 +41,8 @@ def init_command(
     count = sum(parameter.numel() for parameter in retriever.parameters())
     console().print(
         f"{out}: {count / 1e6:,.2f} M parameters, vectors of {retriever.dim} dimensions, "
-        f"weights {retriever.contract.base_hash[:12]}"
+        f"weights {retriever.contract.base_hash[:12]}",
+        markup=False,
     )
 
 

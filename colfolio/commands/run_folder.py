@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,16 +80,24 @@ class RunFolder:
         """One JSON object a line: steps and evaluations."""
         return self.path / LOG_FILE
 
+    def check_free(self) -> None:
+        """Refuse a folder that already holds a run.
+
+        Raises:
+            RecipeError: it does.
+        """
+        if (self.path / RECIPE_FILE).exists():
+            raise RecipeError(
+                f"{self.path} already holds a run; continue it with --resume, or choose another out"
+            )
+
     def begin(self, recipe: TrainRecipe) -> None:
         """Make the folder and keep the recipe in it.
 
         Raises:
             RecipeError: the folder already holds a run.
         """
-        if (self.path / RECIPE_FILE).exists():
-            raise RecipeError(
-                f"{self.path} already holds a run; continue it with --resume, or choose another out"
-            )
+        self.check_free()
         self.path.mkdir(parents=True, exist_ok=True)
         aside = self.path / f".{RECIPE_FILE}"
         aside.write_text(to_yaml(recipe), encoding="utf-8")
@@ -110,7 +119,7 @@ class RunFolder:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if row["step"] <= step:
+            if isinstance(row, dict) and row.get("step", math.inf) <= step:
                 kept.append(line + "\n")
         aside = self.log.with_name(f".{LOG_FILE}")
         aside.write_text("".join(kept), encoding="utf-8")

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
+from rich.markup import escape
 from rich.table import Table
 
 from colfolio.commands.console import console
 from colfolio.errors import ColfolioError
-from colfolio.models.retriever import Retriever
-from colfolio.search import Hit, PageScore, Searcher, hit_image
-from colfolio.search.layout import read_manifest
+from colfolio.search import Hit, PageScore, Searcher, hit_image, load_encoder
 
 _PAGE_SCORES: tuple[PageScore, ...] = ("best", "union")
 
@@ -44,9 +43,7 @@ def search_command(
         raise ColfolioError(f"top_k must be at least 1, not {top_k}")
     if page_score not in _PAGE_SCORES:
         raise ColfolioError(f"page_score must be {' or '.join(_PAGE_SCORES)}, not {page_score!r}")
-    manifest = read_manifest(index)
-    encoder = Retriever.from_pretrained(model or manifest.model)
-    searcher = Searcher(index, encoder, page_score)
+    searcher = Searcher(index, load_encoder(index, model), page_score)
     hits = searcher.search(query, top_k)
     folder = images_to or Path("hits")
     _write_images(searcher, hits, query, folder)
@@ -67,14 +64,15 @@ def _write_images(searcher: Searcher, hits: Sequence[Hit], query: str, folder: P
 
 
 def _print_hits(hits: Sequence[Hit], num_pages: int, query: str, folder: Path) -> None:
-    table = Table(title=None, box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
     for name in ("rank", "score", "page"):
         table.add_column(name, justify="right")
     table.add_column("file", overflow="fold")
-    table.add_column("spot (% of the page: left, top, right, bottom)")
+    table.add_column("left, top, right, bottom %")
     for rank, hit in enumerate(hits, 1):
         spot = ", ".join(f"{100 * edge:.0f}" for edge in hit.box)
-        table.add_row(str(rank), f"{hit.score:.3f}", str(hit.page + 1), hit.document, spot)
+        page = str(hit.page + 1) if hit.page >= 0 else "-"  # a dataset may not say which page
+        table.add_row(str(rank), f"{hit.score:.3f}", page, escape(hit.document), spot)
     console().print(f"{len(hits)} of {num_pages:,} pages for {query!r}", markup=False)
     console().print(table)
     if hits:

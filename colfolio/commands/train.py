@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from colfolio.commands.console import console
 from colfolio.commands.live import LiveTraining
@@ -17,6 +18,7 @@ from colfolio.data.dataset import RetrievalDataset, load_dataset
 from colfolio.evaluation import quick_metrics
 from colfolio.models.retriever import Retriever
 from colfolio.training import (
+    StepReport,
     TrainingState,
     load_checkpoint,
     newest_checkpoint,
@@ -38,11 +40,14 @@ def train_command(
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
     recipe = load_settings(recipe_path, TrainRecipe, overrides)
-    dataset = load_dataset(recipe.dataset, recipe.split)
-    retriever = Retriever.from_pretrained(recipe.model, device=device)
     run = RunFolder(Path(recipe.out))
+    run.check_free()
+    splits = _splits(recipe)
+    retriever = Retriever.from_pretrained(recipe.model, device=device)
+    state = start_training(retriever, recipe.train)
+    reports = train(state, splits.train)  # refuses what cannot be trained before a folder is made
     run.begin(recipe)
-    _run(start_training(retriever, recipe.train), dataset, recipe, run)
+    _run(reports, state, splits, recipe, run)
 
 
 def resume_command(run_path: Path, *, device: str | None = None) -> None:
@@ -52,26 +57,40 @@ def resume_command(run_path: Path, *, device: str | None = None) -> None:
         ColfolioError: the folder holds no run, or its checkpoint or data are not the same any more.
     """
     recipe, run = recipe_of(run_path), RunFolder(run_path)
-    dataset = load_dataset(recipe.dataset, recipe.split)
+    splits = _splits(recipe)
     newest = newest_checkpoint(run.checkpoints)
     if newest is None:
         retriever = Retriever.from_pretrained(recipe.model, device=device)
         state = start_training(retriever, recipe.train)
     else:
-        state = load_checkpoint(newest, recipe.train, dataset.fingerprint, device)
+        state = load_checkpoint(newest, recipe.train, splits.train.fingerprint, device)
     run.rewind(state.step)
-    console().print(f"{run_path}: goes on after step {state.step} of {recipe.train.steps}")
-    _run(state, dataset, recipe, run)
+    _say(f"{run_path}: goes on after step {state.step} of {recipe.train.steps}")
+    _run(train(state, splits.train), state, splits, recipe, run)
+
+
+class _Splits(NamedTuple):
+    train: RetrievalDataset
+    validation: RetrievalDataset | None
+
+
+def _splits(recipe: TrainRecipe) -> _Splits:
+    train_split = load_dataset(recipe.dataset, recipe.split)
+    held_out = recipe.validation.split
+    return _Splits(train_split, load_dataset(recipe.dataset, held_out) if held_out else None)
 
 
 def _run(
-    state: TrainingState, dataset: RetrievalDataset, recipe: TrainRecipe, run: RunFolder
+    reports: Iterator[StepReport],
+    state: TrainingState,
+    splits: _Splits,
+    recipe: TrainRecipe,
+    run: RunFolder,
 ) -> None:
-    split = recipe.validation.split
-    validation = load_dataset(recipe.dataset, split) if split else None
+    validation, split = splits.validation, recipe.validation.split
     steps, keep = recipe.train.steps, recipe.checkpoint.keep
     with LiveTraining(console(), steps) as live, _stop_after_step() as stop:
-        for report in train(state, dataset):
+        for report in reports:
             run.append("step", asdict(report))
             live.step(report)
             is_last = report.step == steps
@@ -80,13 +99,17 @@ def _run(
                 run.append("evaluation", {"step": report.step, "split": split, _METRIC: value})
                 live.evaluation(report.step, value)
             if stop or is_last or report.step % recipe.checkpoint.every == 0:
-                save_checkpoint(state, run.checkpoints, dataset.fingerprint, keep)
+                save_checkpoint(state, run.checkpoints, splits.train.fingerprint, keep)
             if stop:
-                console().print(f"\nstopped after step {report.step}, saved in {run.checkpoints}")
-                console().print(f"go on with: colfolio train --resume {run.path}")
+                _say(f"\nstopped after step {report.step}, saved in {run.checkpoints}")
+                _say(f"go on with: colfolio train --resume {run.path}")
                 raise KeyboardInterrupt
     state.retriever.save_pretrained(run.model)
-    console().print(f"{run.model}: trained for {steps} steps")
+    _say(f"{run.model}: trained for {steps} steps")
+
+
+def _say(text: str) -> None:
+    console().print(text, markup=False)  # a folder's name may look like markup
 
 
 @contextmanager

@@ -33,6 +33,18 @@ def assemble(
     key: str,
     skipped: Sequence[tuple[str, str]],
 ) -> PrepareReport:
+    """Write the dataset of these documents and report on it.
+
+    Args:
+        sources: readable documents with their shards, of all needed splits.
+        out: the dataset folder; its other splits are removed.
+        splits: what to write.
+        key: goes into the manifest, for the next run to know what stands there.
+        skipped: unreadable files with their reason, for the report.
+
+    Raises:
+        DatasetError: no document has an outline, a split has no heading, or no query is left.
+    """
     rows = {
         split: split_rows.read_split_rows(
             {source.name: source.shard for source in sources if source.split == split}
@@ -42,10 +54,7 @@ def assemble(
     }
     infos = {source.name: read_info(source.shard) for source in sources}
     _check_headings(sources, infos, rows, splits)
-    exact = near = 0
-    if "train" in rows:
-        held_out = [each for split, each in rows.items() if split != "train"]
-        exact, near = split_rows.remove_leaks(rows["train"], held_out)
+    exact, near = _remove_leaks(sources, rows)
     merged = sum(split_rows.merge_equal(rows[split]) for split in splits)
     queries = _queries(rows, splits)
     _check_queries(queries)
@@ -66,6 +75,15 @@ def assemble(
     )
     _write(out, rows, queries, {"key": key, "report": report.to_dict()})
     return report
+
+
+def _remove_leaks(sources: Sequence[Source], rows: Mapping[str, SplitRows]) -> tuple[int, int]:
+    if "train" not in rows:
+        return 0, 0
+    known = {source.content for source in sources if source.split != "train"}
+    copies = {source.name for source in sources if source.content in known}
+    held_out = [each for split, each in rows.items() if split != "train"]
+    return split_rows.remove_leaks(rows["train"], held_out, copies)
 
 
 def _queries(rows: Mapping[str, SplitRows], splits: Sequence[str]) -> dict[str, SplitQueries]:
@@ -125,9 +143,10 @@ def _check_headings(
         ):
             named = ", ".join(families[:_MOST_NAMED]) or "none"
             raise DatasetError(
-                f"split {split!r} has no heading; its document families: {named}. Add documents "
-                f"with outlines, choose another split_seed, or set shares.{split}=0 and leave it "
-                "out of splits"
+                f"split {split!r} has no heading; its document families: {named}. Add families "
+                "of documents with outlines (each first-level folder is one), choose another "
+                "split_seed, or other shares and splits: with the other two shares set to 0 all "
+                f"families go to {split!r}"
             )
 
 

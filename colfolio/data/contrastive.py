@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from colfolio.config import Settings
 from colfolio.data.collate import Collator
 from colfolio.data.dataset import RetrievalDataset
 from colfolio.data.sampler import Draw, Grouping, SamplerPosition, draws
+from colfolio.errors import DatasetError
 
 _WORD = re.compile(r"[^\W\d_]{3,}")
 
@@ -36,7 +37,7 @@ class BatchSettings(Settings):
 
     rows: int = Field(default=32, ge=2)
     ignore: Literal["page", "document", "none"] = "page"
-    kind_weights: dict[str, float] = Field(default_factory=dict)
+    kind_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     group_size: int = Field(default=1, ge=1)
     group_from_epoch: int = Field(default=0, ge=0)
 
@@ -57,6 +58,9 @@ class BatchSource:
         collator: of the model that is trained.
         settings: rows and masks.
         seed: of order and of the choice among several positives.
+
+    Raises:
+        DatasetError: the settings weigh a kind that no query has.
     """
 
     def __init__(
@@ -72,6 +76,8 @@ class BatchSource:
             for query in dataset.queries
         ]
         self._texts = [query.text for query in dataset.queries]
+        self._answers = _by_text(self._texts, self._positives)
+        self._weights = _weights(dataset, settings.kind_weights)
         self._group_of_document = _groups(dataset, settings.ignore)
         self._grouping = (
             Grouping(_shared_words(self._texts), settings.group_size, settings.group_from_epoch)
@@ -96,9 +102,7 @@ class BatchSource:
         texts = [self._texts[query] for query in draw.queries]
         lengths = self._collator.query_lengths(texts)
         order = sorted(range(len(texts)), key=lambda row: (lengths[row], row))
-        positives, ignored = self._masks(
-            [draw.queries[row] for row in order], [picked[row] for row in order], documents
-        )
+        positives, ignored = self._masks([draw.queries[row] for row in order], documents)
         return ContrastiveBatch(
             self._collator.queries([texts[row] for row in order]),
             self._collator.documents([images[row] for row in documents]),
@@ -107,16 +111,38 @@ class BatchSource:
         )
 
     def _masks(
-        self, queries: list[int], picked: list[int], documents: list[int]
+        self, queries: list[int], documents: list[int]
     ) -> tuple[Bool[torch.Tensor, "Q D"], Bool[torch.Tensor, "Q D"]]:
         """A document is a positive of every query that wants it, not only of its own."""
         rows = np.array(documents)
-        positives = np.stack([np.isin(rows, self._positives[query]) for query in queries])
+        answers = [self._answers[self._texts[query]] for query in queries]
+        positives = np.stack([np.isin(rows, wanted) for wanted in answers])
         if self._group_of_document is None:
             return torch.from_numpy(positives), torch.zeros(positives.shape, dtype=torch.bool)
         groups = self._group_of_document
-        same = groups[np.array(picked)][:, None] == groups[rows][None, :]
+        same = np.stack([np.isin(groups[rows], groups[wanted]) for wanted in answers])
         return torch.from_numpy(positives), torch.from_numpy(same & ~positives)
+
+
+def _by_text(texts: list[str], positives: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """What answers a text: the positives of every query that asks it."""
+    together: dict[str, list[np.ndarray]] = {}
+    for text, rows in zip(texts, positives, strict=True):
+        together.setdefault(text, []).append(rows)
+    return {text: np.unique(np.concatenate(rows)) for text, rows in together.items()}
+
+
+def _weights(dataset: RetrievalDataset, kind_weights: dict[str, float]) -> list[float]:
+    kinds = {query.kind for query in dataset.queries}
+    unknown = sorted(set(kind_weights) - kinds)
+    if unknown:
+        raise DatasetError(
+            f"{dataset.name}, split {dataset.split!r}: kind_weights names {unknown}, but its "
+            f"queries are of the kinds {sorted(kinds)}"
+        )
+    weights = [kind_weights.get(query.kind, 1.0) for query in dataset.queries]
+    check_enough(weights, settings.rows)
+    return weights
 
 
 def _groups(dataset: RetrievalDataset, ignore: str) -> np.ndarray | None:

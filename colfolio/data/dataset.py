@@ -324,6 +324,8 @@ def _png_size(encoded: bytes) -> tuple[int, int] | None:
 def _header_size(source: io.BytesIO | Path) -> tuple[int, int] | None:
     try:
         with Image.open(source) as image:
+            if image.format == "TIFF":  # Pillow turns these itself, when depends on its version
+                return None
             width, height = image.size
             is_turned = image.getexif().get(0x0112, 1) >= 5
     except (OSError, ValueError, SyntaxError):

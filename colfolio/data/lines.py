@@ -21,6 +21,7 @@ _LONG_SIDE_PT = 792.0
 _GUTTER_PT = 8.0
 _LINE_HEIGHT_PT = (3.5, 60.0)
 _LEAST_WIDTH_PT = 8.0
+_USUAL_HEIGHT_PT = 9.0
 _INK_SHARE = (0.04, 0.7)
 _DEEPEST = 16
 
@@ -45,12 +46,14 @@ def find_lines(page: PageInk) -> list[PixelBox]:
     height, width = page.grey.shape
     parts: list[PixelBox] = []
     _cut(page, (0, 0, width, height), parts, 0)
-    wide = [part for part in parts if _is_wide(part)]
-    usual = float(np.median([bottom - top for _, top, _, bottom in wide])) if wide else 0.0
+    heights = [
+        bottom - top for left, top, right, bottom in parts if right - left > 3 * (bottom - top)
+    ]
+    usual = float(np.median(heights)) if heights else _USUAL_HEIGHT_PT * page.point
     lines = []
     for part in parts:
-        tall = part[3] - part[1] > 1.6 * usual and _is_wide(part)
-        for line in _parted(page, part) if tall else [part]:
+        is_block = part[3] - part[1] > 1.6 * usual and part[2] - part[0] > 3 * usual
+        for line in _parted(page, part) if is_block else [part]:
             if _is_line(page, line):
                 lines.append(line)
     return lines
@@ -148,13 +151,13 @@ def _parted(page: PageInk, part: PixelBox) -> list[PixelBox]:
     """A part cut at the valleys between its dense rows: lines whose letters touch each other."""
     left, top, right, bottom = part
     ink = page.ink[top:bottom, left:right]
-    profile = ink.mean(axis=1)
-    dense = _runs(profile > 0.4 * profile.max(), max(2.0, 2.0 * page.point))
-    dense = dense[dense[:, 1] - dense[:, 0] > 2 * page.point]
+    blur = max(1, round(1.5 * page.point))
+    profile = np.convolve(ink.mean(axis=1), np.full(blur, 1 / blur), mode="same")
+    dense = _runs(profile > 0.55 * profile.max(), 2.0 * page.point)
     cuts = [0]
     for (_, first), (end, _) in zip(dense[:-1].tolist(), dense[1:].tolist(), strict=True):
         lowest = first + int(np.argmin(profile[first:end]))
-        if profile[lowest] < 0.25 * profile.max():
+        if profile[lowest] < 0.45 * profile.max():
             cuts.append(lowest)
     boxes = []
     for first, end in zip(cuts, [*cuts[1:], bottom - top], strict=True):
@@ -163,10 +166,6 @@ def _parted(page: PageInk, part: PixelBox) -> list[PixelBox]:
             x0, y0, x1, y1 = tight
             boxes.append((left + x0, top + first + y0, left + x1, top + first + y1))
     return boxes
-
-
-def _is_wide(box: PixelBox) -> bool:
-    return box[2] - box[0] > 3 * (box[3] - box[1])
 
 
 def _is_line(page: PageInk, box: PixelBox) -> bool:

@@ -22,11 +22,10 @@ from colfolio.data.text_layer import Words, joined_box, words_of
 from colfolio.data.titles import clean_text, locate_titles
 from colfolio.data.views import (
     NATURAL,
-    STRIP_HEIGHT,
-    Placement,
     snap_to_ink,
     strip_image,
     strip_width,
+    varied_placement,
 )
 
 _LEAST_LETTERS = 4
@@ -42,6 +41,7 @@ class StripSettings(Settings):
         words_per_strip: words in such a strip, at most; short strips are more frequent.
         seed: with the document's content and the page it decides which words, and their jitter.
         jitter: vary size and place of the ink in strips of words, so that a model tolerates it.
+        partial: of some strips of words only a part is the query, as a title is part of its line.
     """
 
     dpi: float = Field(144.0, ge=36, le=600)
@@ -49,6 +49,7 @@ class StripSettings(Settings):
     words_per_strip: int = Field(8, ge=1, le=len(_WORD_COUNTS))
     seed: int = Field(0, ge=0)
     jitter: bool = True
+    partial: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +147,14 @@ def _word_strips(
     chosen = generator.permutation(len(runs))[: settings.strips_per_page]
     pairs = []
     for first, end in (runs[row] for row in sorted(chosen.tolist())):
-        text = clean_text(" ".join(words.texts[first:end]))
+        asked = slice(*_asked_for(first, end, generator)) if settings.partial else slice(first, end)
+        text = clean_text(" ".join(words.texts[asked]))
         box = snap_to_ink(pixels, joined_box(words.boxes[first:end]))
-        if box is None:
+        if box is None or not is_readable(text):
             continue
         if generator.random() < 0.5:
             box = _with_rows_of_line(pixels, words, first, box)
-        placement = _jittered(generator) if settings.jitter else NATURAL
+        placement = varied_placement(generator) if settings.jitter else NATURAL
         pairs.append(Pair(text, "words", page, box, strip_image(pixels, box, placement)))
     return pairs
 
@@ -174,6 +176,15 @@ def _runs(
             runs.append((first, end))
         first = end
     return runs
+
+
+def _asked_for(first: int, end: int, generator: np.random.Generator) -> tuple[int, int]:
+    """The words of a run that its query names: all, or in a third of longer runs, most of them."""
+    spare = (end - first) // 3
+    if not spare or generator.random() < 0.67:
+        return first, end
+    before = int(generator.integers(0, spare + 1))
+    return first + before, end - int(generator.integers(0, spare - before + 1))
 
 
 def _fits(words: Words, first: int, end: int, aspect: float) -> bool:
@@ -202,9 +213,3 @@ def _with_rows_of_line(pixels: GreyPage, words: Words, first: int, box: BoxF) ->
     if line is None:
         return box
     return box[0], min(line[1], box[1]), box[2], max(line[3], box[3])
-
-
-def _jittered(generator: np.random.Generator) -> Placement:
-    height = int(generator.integers(17, 23))
-    top = (STRIP_HEIGHT - height) // 2 + int(generator.integers(-2, 3))
-    return Placement(height, max(0, top), int(generator.integers(2, 11)))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from colfolio.config import Settings
@@ -33,11 +34,17 @@ class PixelBudget(Settings):
     Pixel counts bound height times width; a token covers `(patch * merge) ** 2` of them.
     """
 
-    min_pixels: int = 56 * 56
+    min_pixels: int = Field(default=56 * 56, ge=1)
     max_pixels: int = 768 * 28 * 28
-    patch: int = 14
-    merge: int = 2
-    temporal_patch: int = 2
+    patch: int = Field(default=14, ge=1)
+    merge: int = Field(default=2, ge=1)
+    temporal_patch: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _check_order(self) -> PixelBudget:
+        if self.max_pixels < self.min_pixels:
+            raise ValueError(f"max_pixels {self.max_pixels} is below min_pixels {self.min_pixels}")
+        return self
 
     @property
     def factor(self) -> int:
@@ -54,12 +61,12 @@ def target_size(height: int, width: int, budget: PixelBudget) -> tuple[int, int]
     """Height and width, multiples of the budget's factor, nearest to the given ones in the budget.
 
     Raises:
-        DocumentError: one side is over 200 times the other.
+        DocumentError: the image has no area, or one side is over 200 times the other.
     """
-    if max(height, width) > _LARGEST_ASPECT * min(height, width):
+    if min(height, width) < 1 or max(height, width) > _LARGEST_ASPECT * min(height, width):
         raise DocumentError(
             f"image of {height} x {width} pixels",
-            f"one side is over {_LARGEST_ASPECT} times the other; cut it first",
+            f"it has no area, or one side is over {_LARGEST_ASPECT} times the other; cut it first",
         )
     factor = budget.factor
     rows, columns = round(height / factor), round(width / factor)

@@ -15,22 +15,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from colfolio.data import (
-    assemble,
-    deduplicate,
-    layout,
-    layout_writer,
-    query_text,
-    split_rows,
-    titles,
-)
+from colfolio.data import assemble, layout
 from colfolio.data.assemble import MANIFEST, needed_splits
-from colfolio.data.documents import content_hash
 from colfolio.data.layout import SPLITS
 from colfolio.data.prepare_report import PrepareReport
 from colfolio.data.shards import ShardJob, build_shard, is_whole
 from colfolio.data.sources import PrepareSettings, Source, find_sources
-from colfolio.data.staging import disk_errors, recover
+from colfolio.data.staging import disk_errors, holds_tables, recover
 from colfolio.data.workers import run_jobs
 from colfolio.errors import DatasetError
 
@@ -75,30 +66,21 @@ def prepare(
 
 def _dataset_key(sources: Sequence[Source], settings: PrepareSettings) -> str:
     """A hash of all that the dataset depends on, but for which splits are written."""
-    dumped = settings.model_dump_json(exclude={"splits", "processes"})
+    dumped = settings.model_dump_json(exclude={"splits", "processes", "max_bad_share"})
     parts = [dumped, *(f"{each.name}\t{each.split}\t{each.shard.name}" for each in sources)]
-    for module in (assemble, deduplicate, layout, layout_writer, query_text, split_rows, titles):
-        parts.append(content_hash(Path(str(module.__file__))))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _standing(out: Path, key: str, splits: Sequence[str]) -> tuple[list[str], PrepareReport | None]:
     """The splits to write, and the report of the dataset that stands there if nothing is to do."""
-    unknown = [split for split in splits if split not in SPLITS]
-    if unknown or not splits:
-        raise DatasetError(
-            f"splits are {', '.join(SPLITS)}; received {', '.join(splits) or 'none'}"
-        )
     recover(out)
     present = layout.splits_in(out)
     manifest = _read_manifest(out)
-    if not present:
-        return list(splits), None
-    if manifest is None:
+    if manifest is None and holds_tables(out):
         raise DatasetError(
             f"{out}: holds a dataset that was not made by `colfolio prepare`; choose another folder"
         )
-    if manifest["key"] == key:
+    if manifest is not None and manifest["key"] == key:
         wanted = [split for split in SPLITS if split in {*splits, *present}]
         is_finished = set(splits) <= set(present)
         return wanted, PrepareReport.from_dict(manifest["report"]) if is_finished else None
@@ -107,7 +89,7 @@ def _standing(out: Path, key: str, splits: Sequence[str]) -> tuple[list[str], Pr
             f"{out}: holds the splits {', '.join(present)}, made from other documents or settings; "
             f"writing only {', '.join(splits)} would mix them: prepare all or choose another folder"
         )
-    return list(splits), None
+    return [split for split in SPLITS if split in splits], None
 
 
 def _cut(
@@ -115,7 +97,7 @@ def _cut(
 ) -> list[tuple[str, str]]:
     """Make the shards that are missing; the files that could not be read, with the reason."""
     missing = {source.shard: source for source in sources if not is_whole(source.shard)}
-    jobs = sorted(missing.values(), key=lambda source: -source.path.stat().st_size)
+    jobs = sorted(missing.values(), key=lambda source: _size(source.path), reverse=True)
     done = len(sources) - len(jobs)
 
     def tell(number: int) -> None:
@@ -147,6 +129,10 @@ def _cut(
             f"{listed}{more}"
         )
     return skipped
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _read_manifest(out: Path) -> dict | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+from pydantic import Field
 from tokenizers import Tokenizer
 
 from colfolio.config import Settings
@@ -25,7 +27,7 @@ class Templates(Settings):
 
     query: str = QUERY_SLOT
     query_suffix: str = "<|endoftext|>"
-    num_query_suffix: int = 10
+    num_query_suffix: int = Field(default=10, ge=0)
     document: str = (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
         "Describe the image.<|im_end|><|endoftext|>"
@@ -47,12 +49,17 @@ class Prompter:
             )
         self.image_token_id = _special_id(tokenizer, IMAGE_TOKEN)
         suffix = _special_id(tokenizer, templates.query_suffix)
-        self._tokenizer = tokenizer
-        self._query = templates.query
         self._suffix = [suffix] * templates.num_query_suffix
+        own = Tokenizer.from_str(tokenizer.to_str())  # its settings are changed below
+        own.no_padding()
+        own.no_truncation()
         before, after = templates.document.split(IMAGE_TOKEN)
-        self._before = tokenizer.encode(before, add_special_tokens=False).ids
-        self._after = tokenizer.encode(after, add_special_tokens=False).ids
+        self._before, self._after = _ids(own, before), _ids(own, after)
+        before, self._query, after = _around_slot(own, templates.query)
+        self._before_query, self._after_query = _ids(own, before), _ids(own, after)
+        # what a user types is text, even where it spells a special token
+        own.encode_special_tokens = True
+        self._tokenizer = own
 
     @property
     def num_before_image(self) -> int:
@@ -63,7 +70,8 @@ class Prompter:
         """Token ids of each query: template, then augmentation tokens."""
         texts = [self._query.replace(QUERY_SLOT, query) for query in queries]
         encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [encoding.ids + self._suffix for encoding in encoded]
+        behind = self._after_query + self._suffix
+        return [self._before_query + encoding.ids + behind for encoding in encoded]
 
     def document_ids(self, num_visual_tokens: Sequence[int]) -> list[list[int]]:
         """Token ids of documents with so many visual tokens each."""
@@ -71,6 +79,19 @@ class Prompter:
             self._before + [self.image_token_id] * count + self._after
             for count in num_visual_tokens
         ]
+
+
+def _around_slot(tokenizer: Tokenizer, template: str) -> tuple[str, str, str]:
+    """A query template in three: up to a special token, the text with the slot, and the rest."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    special = "|".join(re.escape(token.content) for token in added if token.special)
+    pieces = re.split(f"({special})", template)
+    (slot,) = (place for place, piece in enumerate(pieces) if QUERY_SLOT in piece)
+    return "".join(pieces[:slot]), pieces[slot], "".join(pieces[slot + 1 :])
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _special_id(tokenizer: Tokenizer, token: str) -> int:

@@ -10,10 +10,12 @@ import functools
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,26 +26,15 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt8
 from PIL import Image
 
-from colfolio.data import (
-    deduplicate,
-    documents,
-    images,
-    ink,
-    lines,
-    pairs,
-    text_layer,
-    titles,
-    views,
-)
 from colfolio.data.deduplicate import PAGE_CELLS, STRIP_CELLS, difference_hash, pixel_digest
 from colfolio.data.documents import open_document
-from colfolio.data.pairs import StripSettings, page_titles, strip_pairs
+from colfolio.data.pairs import Pair, StripSettings, page_titles, strip_pairs
 from colfolio.data.views import BoxF
 from colfolio.errors import DocumentError
 
-_CUTTING_MODULES = (deduplicate, documents, images, ink, lines, pairs, text_layer, titles, views)
 _LIBRARIES = ("pypdfium2", "pillow", "numpy")
 _JPEG_QUALITY = 90
+_BATCH_ROWS = 512
 _LETTERS = {"heading": "h", "words": "w", "rendered": "r"}
 
 
@@ -148,10 +139,22 @@ def read_info(shard: Path) -> ShardInfo:
     return ShardInfo(**json.loads(pq.read_schema(shard).metadata[b"counts"]))
 
 
-def read_rows(shard: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a shard, all columns or some."""
+def read_rows(shard: Path, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a shard."""
     with pq.ParquetFile(shard) as parquet:
-        return parquet.read(columns=columns)
+        return parquet.read(columns=list(columns))
+
+
+def no_rows(columns: Sequence[str]) -> pa.Table:
+    """Some columns of a shard without rows."""
+    return _SCHEMA.empty_table().select(list(columns))
+
+
+def iterate_rows(shard: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Some columns of a shard, in pieces that fit in memory."""
+    with pq.ParquetFile(shard) as parquet:
+        for number in range(parquet.num_row_groups):
+            yield parquet.read_row_group(number, columns=list(columns))
 
 
 def encode_image(
@@ -170,28 +173,33 @@ def encode_image(
     return encoded.getvalue()
 
 
-def _strip_rows(path: Path, settings: CutSettings, with_words: bool) -> tuple[list[_Row], int]:
-    rows, located = [], 0
-    numbers: dict[tuple[int, str], int] = {}
-    for pair in strip_pairs(path, settings.strips, with_words):
-        located += pair.kind == "heading"
-        number = numbers[pair.page, pair.kind] = numbers.get((pair.page, pair.kind), 0) + 1
-        grey = np.ascontiguousarray(pair.image[..., 0])
-        packed, length = difference_hash(grey, STRIP_CELLS, is_cropped=True)
-        rows.append(
-            _Row(
-                suffix=f"p{pair.page + 1}-{_LETTERS[pair.kind]}{number}",
-                texts=[pair.text],
-                kind=pair.kind,
-                page=pair.page,
-                box=pair.box,
-                image=encode_image(pair.image),
-                digest=pixel_digest(grey),
-                hash=packed,
-                length=length,
-            )
-        )
-    return rows, located
+def _strip_rows(path: Path, settings: CutSettings, with_words: bool) -> tuple[Iterator[_Row], int]:
+    found = strip_pairs(path, settings.strips, with_words)
+    return map(_row_of, found, _suffixes(found)), sum(pair.kind == "heading" for pair in found)
+
+
+def _suffixes(found: Iterable[Pair]) -> Iterator[str]:
+    """`p12-h3` is the third heading of page 12."""
+    numbers: Counter[tuple[int, str]] = Counter()
+    for pair in found:
+        numbers[pair.page, pair.kind] += 1
+        yield f"p{pair.page + 1}-{_LETTERS[pair.kind]}{numbers[pair.page, pair.kind]}"
+
+
+def _row_of(pair: Pair, suffix: str) -> _Row:
+    grey = np.ascontiguousarray(pair.image[..., 0])
+    packed, length = difference_hash(grey, STRIP_CELLS, is_cropped=True)
+    return _Row(
+        suffix=suffix,
+        texts=[pair.text],
+        kind=pair.kind,
+        page=pair.page,
+        box=pair.box,
+        image=encode_image(pair.image),
+        digest=pixel_digest(grey),
+        hash=packed,
+        length=length,
+    )
 
 
 def _page_rows(path: Path, settings: CutSettings) -> tuple[Iterator[_Row], int]:
@@ -220,16 +228,16 @@ def _rendered(path: Path, settings: CutSettings, found: dict[int, list[str]]) ->
             )
 
 
-def _write(shard: Path, rows: Sequence[_Row] | Iterator[_Row], counts: ShardInfo) -> None:
-    columns: dict[str, list] = {name: [] for name in _SCHEMA.names}
-    for row in rows:
-        for name, values in columns.items():
-            values.append(getattr(row, name))
+def _write(shard: Path, rows: Iterable[_Row], counts: ShardInfo) -> None:
     described = {"pages": counts.pages, "entries": counts.entries, "located": counts.located}
     schema = _SCHEMA.with_metadata({"counts": json.dumps(described)})
     aside = shard.with_name(f"{shard.name}.{os.getpid()}.aside")
+    remaining = iter(rows)
     try:
-        pq.write_table(pa.table(columns, schema=schema), aside, compression="NONE")
+        with pq.ParquetWriter(aside, schema, compression="NONE") as writer:
+            while batch := list(itertools.islice(remaining, _BATCH_ROWS)):
+                columns = {name: [getattr(row, name) for row in batch] for name in schema.names}
+                writer.write_table(pa.table(columns, schema=schema))
         aside.replace(shard)
     finally:
         aside.unlink(missing_ok=True)
@@ -237,10 +245,10 @@ def _write(shard: Path, rows: Sequence[_Row] | Iterator[_Row], counts: ShardInfo
 
 @functools.cache
 def _code_version() -> str:
-    """A hash of the source that decides what a shard holds, and of the libraries it calls."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    for module in _CUTTING_MODULES:
-        digest.update(Path(str(module.__file__)).read_bytes())
+    """A hash of this package's source, which decides what a shard holds, and of what it calls."""
+    digest = hashlib.sha256()
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(module.read_bytes())
     for library in _LIBRARIES:
         digest.update(importlib.metadata.version(library).encode())
     return digest.hexdigest()

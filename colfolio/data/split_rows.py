@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from jaxtyping import Bool
 from colfolio.data.dataset import Query
 from colfolio.data.deduplicate import Hashes, near_duplicates
 from colfolio.data.query_text import query_id, text_key
-from colfolio.data.shards import read_rows
+from colfolio.data.shards import iterate_rows, no_rows, read_rows
 
 _DESCRIBING = ["suffix", "texts", "kind", "digest", "hash", "length"]
 _KIND_OF_QUERY = {"heading": "heading", "page": "heading", "words": "words", "rendered": "words"}
-_MAX_SHARE = {"strip": 0.2, "page": 0.35}
-_WRITE_ROWS = 4096
+_MAX_SHARE = {"strip": 0.2, "page": 0.3}
+_WRITE_BYTES = 32 * 2**20
 
 
 @dataclass(slots=True)
@@ -56,35 +56,47 @@ class SplitQueries:
 
 def read_split_rows(shards: Mapping[str, Path]) -> SplitRows:
     """The rows of all documents of a split, ordered by document."""
-    ids: list[str] = []
-    tables = []
-    for document in sorted(shards):
-        table = read_rows(shards[document], _DESCRIBING)
-        ids += [f"{document}#{suffix}" for suffix in table.column("suffix").to_pylist()]
-        tables.append(table.drop_columns("suffix"))
-    table = pa.concat_tables(tables) if tables else pa.table({})
+    documents = sorted(shards)
+    tables = [read_rows(shards[document], _DESCRIBING) for document in documents]
+    ids = [
+        f"{document}#{suffix}"
+        for document, table in zip(documents, tables, strict=True)
+        for suffix in table.column("suffix").to_pylist()
+    ]
+    table = pa.concat_tables([no_rows(_DESCRIBING), *tables])
     return SplitRows(
-        shards={document: shards[document] for document in sorted(shards)},
+        shards={document: shards[document] for document in documents},
         ids=ids,
-        texts=table.column("texts").to_pylist() if ids else [],
-        kinds=table.column("kind").to_pylist() if ids else [],
-        digests=table.column("digest").to_pylist() if ids else [],
-        hashes=_hashes_of(table)
-        if ids
-        else Hashes(np.zeros((0, 1), np.uint64), np.zeros(0, np.float32)),
+        texts=table.column("texts").to_pylist(),
+        kinds=table.column("kind").to_pylist(),
+        digests=table.column("digest").to_pylist(),
+        hashes=_hashes_of(table),
         is_kept=np.ones(len(ids), dtype=bool),
     )
 
 
-def remove_leaks(training: SplitRows, held_out: Sequence[SplitRows]) -> tuple[int, int]:
-    """Drop training rows that equal a held-out row, or nearly so; the counts of both."""
+def remove_leaks(
+    training: SplitRows, held_out: Sequence[SplitRows], copies: Set[str] = frozenset()
+) -> tuple[int, int]:
+    """Drop training rows that equal a held-out row, or nearly so; the counts of both.
+
+    Args:
+        training: its `is_kept` is changed.
+        held_out: the other splits.
+        copies: training documents with the bytes of a held-out one; all their rows are dropped.
+    """
     known = {digest for rows in held_out for digest in rows.digests}
-    is_exact = np.array([digest in known for digest in training.digests], dtype=bool)
+    is_exact = np.array(
+        [
+            digest in known or id_.rpartition("#")[0] in copies
+            for id_, digest in zip(training.ids, training.digests, strict=True)
+        ],
+        dtype=bool,
+    )
+    most = _MAX_SHARE["page" if "page" in training.kinds else "strip"]
     is_near = np.zeros(len(training.ids), dtype=bool)
     for rows in held_out:
-        if len(rows.ids) and len(training.ids):
-            most = _MAX_SHARE["page" if "page" in rows.kinds else "strip"]
-            is_near |= near_duplicates(training.hashes, rows.hashes, most)
+        is_near |= near_duplicates(training.hashes, rows.hashes, most)
     training.is_kept &= ~(is_exact | is_near)
     return int(is_exact.sum()), int((is_near & ~is_exact).sum())
 
@@ -133,16 +145,17 @@ def corpus_tables(rows: SplitRows) -> Iterator[pa.Table]:
     """The kept rows with their images, as tables of the layout, read shard by shard."""
     start, waiting = 0, []
     for document, shard in rows.shards.items():
-        table = read_rows(shard, ["suffix", "kind", "page", "box", "image"])
-        is_kept = rows.is_kept[start : start + len(table)]
-        ids = pa.array(rows.ids[start : start + len(table)], pa.string())
-        start += len(table)
-        waiting.append(_corpus_table(table, ids, document).filter(pa.array(is_kept)))
-        if sum(map(len, waiting)) >= _WRITE_ROWS:
-            yield pa.concat_tables(waiting)
-            waiting = []
+        for table in iterate_rows(shard, ["kind", "page", "box", "image"]):
+            chosen = slice(start, start + len(table))
+            start += len(table)
+            ids = pa.array(rows.ids[chosen], pa.string())
+            kept = _corpus_table(table, ids, document).filter(pa.array(rows.is_kept[chosen]))
+            waiting.append(kept)
+            if sum(each.nbytes for each in waiting) >= _WRITE_BYTES:
+                yield pa.concat_tables(waiting).combine_chunks()
+                waiting = []
     if waiting:
-        yield pa.concat_tables(waiting)
+        yield pa.concat_tables(waiting).combine_chunks()
 
 
 def _corpus_table(table: pa.Table, ids: pa.Array, document: str) -> pa.Table:
@@ -164,5 +177,7 @@ def _corpus_table(table: pa.Table, ids: pa.Array, document: str) -> pa.Table:
 
 def _hashes_of(table: pa.Table) -> Hashes:
     packed = b"".join(table.column("hash").to_pylist())
-    words = np.frombuffer(packed, np.uint64).reshape(len(table), -1)
+    words = np.frombuffer(packed, np.uint64).reshape(
+        len(table), len(packed) // 8 // max(1, len(table))
+    )
     return Hashes(words, np.array(table.column("length").to_pylist(), dtype=np.float32))

@@ -116,6 +116,11 @@ def present(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in found.items() if name not in journal["removed"]}
 
 
+def holds_tables(folder: Path) -> bool:
+    """Whether any Parquet file is in a folder or below it."""
+    return any(name.endswith(".parquet") for name in present(folder))
+
+
 def _journal(folder: Path) -> dict[str, list[str]]:
     try:
         return json.loads((folder / _STAGING / _COMMIT).read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
@@ -137,7 +137,7 @@ def _split_of(line: _Line, file: Path) -> str:
     return str(line.values.get("split") or by_name)
 
 
-def _collect(line: _Line, collected: _Collected, locate: Any) -> None:
+def _collect(line: _Line, collected: _Collected, locate: Callable[[str], tuple[str, int]]) -> None:
     text = " ".join(str(line.values.get("query") or "").split())
     if not text:
         raise DatasetError("the query is empty")
@@ -160,6 +160,8 @@ def _positive(line: _Line) -> str:
     page = line.values.get("page")
     if not document or page is None:
         raise DatasetError("needs an image, or a document and a page")
+    if not str(page).isdecimal():
+        raise DatasetError(f"page must be a number from 1, found {page!r}")
     return f"{document}#page={page}"
 
 

@@ -133,6 +133,7 @@ def _line_numbers(
     before, after = boxes[:-1], boxes[1:]
     heights = np.minimum(before[:, 3] - before[:, 1], after[:, 3] - after[:, 1])
     tallest = np.maximum(before[:, 3] - before[:, 1], after[:, 3] - after[:, 1])
+    tallest = np.maximum(tallest, 0.7 * np.median(boxes[:, 3] - boxes[:, 1]))  # dots are low
     shared = np.minimum(before[:, 3], after[:, 3]) - np.maximum(before[:, 1], after[:, 1])
     gap = (after[:, 0] - before[:, 2]) * aspect
     together = (
@@ -159,14 +160,14 @@ def _characters(text: object) -> tuple[list[int], Float32[np.ndarray, "character
 
 
 def _in_byte_order(codes: list[int]) -> list[int]:
-    """Codes with the ligatures of LuaTeX put right, on pages that hold no East Asian text.
+    """Codes with swapped bytes put right, on pages that hold no East Asian text.
 
-    PDFium (seen with 159) reads a replacement text in the wrong byte order: a page's "fi" comes out
-    as U+6600 U+6900.
+    Some Ghostscript versions wrote the letters of a ligature into a PDF in the wrong byte order:
+    "fi" comes out as U+6600 U+6900.
     """
     found = np.array(codes, np.int64)
     swapped = ((found & 0xFF) << 8) | (found >> 8)
-    is_asian = (found >= 0x3400) & (found < 0xE000)
+    is_asian = (found >= 0x3400) & (found < 0xD800)
     is_latin = (swapped > 0x20) & (swapped < 0x250)
     if not is_asian.any() or (is_asian & ~is_latin).any():
         return codes

@@ -15,6 +15,7 @@ from colfolio.data.text_layer import Words, joined_box
 
 _LEAST_LETTERS = 4
 _NEAR_DESTINATION = 0.08
+_TITLE_SHARE = 0.7
 _SPELLINGS = str.maketrans(
     {
         **dict.fromkeys("\u2018\u2019\u201a\u201b\u2032`\u00b4", "'"),
@@ -35,7 +36,7 @@ _LEADER = re.compile(r"(\.\s?){3,}|\s[0-9ivxl]+$")
 
 @dataclass(frozen=True, slots=True)
 class TitlePlace:
-    """A title as the page spells it, and the box of its first line there."""
+    """A title as the page spells it, and the box of its first line there, with its number."""
 
     text: str
     box: BoxF
@@ -106,9 +107,14 @@ def _occurrences(keys: list[str], key: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_contents_line(words: Words, end: int) -> bool:
-    rest = [row for row in range(end, len(words)) if words.lines[row] == words.lines[end - 1]]
-    after = " ".join(words.texts[row] for row in rest)
-    return bool(_LEADER.search(" " + after)) if after else False
+    """Whether dots or a page number follow on the level of the title's last word."""
+    _, top, right, bottom = words.boxes[end - 1].tolist()
+    rest = []
+    for text, box in zip(words.texts[end:], words.boxes[end:].tolist(), strict=True):
+        if box[0] < right or box[1] > bottom or box[3] < top:
+            break
+        rest.append(text)
+    return bool(_LEADER.search(" " + " ".join(rest)))
 
 
 def _best(
@@ -132,4 +138,12 @@ def _first_line(words: Words, first: int, end: int) -> TitlePlace | None:
     whole = clean_text(" ".join(words.texts[first:end]))
     if _letters(text) < max(_LEAST_LETTERS, 0.5 * _letters(whole)):
         return None
-    return TitlePlace(text, joined_box(words.boxes[first:end_of_line]))
+    return TitlePlace(text, _box_of_line(words, first, end_of_line))
+
+
+def _box_of_line(words: Words, first: int, end: int) -> BoxF:
+    """The whole line where it is little more than the title: its number belongs to the heading."""
+    line = np.flatnonzero(words.lines == words.lines[first])
+    letters = _letters("".join(words.texts[row] for row in line))
+    is_heading = _letters("".join(words.texts[first:end])) >= _TITLE_SHARE * letters
+    return joined_box(words.boxes[line] if is_heading else words.boxes[first:end])

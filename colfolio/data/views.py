@@ -26,6 +26,7 @@ from colfolio.data.ink import (
     to_grey,
 )
 from colfolio.data.lines import PageInk, find_lines, word_runs
+from colfolio.data.skew import box_before_shear, sheared, slope_of
 
 STRIP_HEIGHT = 28
 STRIP_MAX_WIDTH = 392
@@ -60,6 +61,13 @@ class Placement:
 
 
 NATURAL = Placement()
+
+
+def varied_placement(generator: np.random.Generator) -> Placement:
+    """A placement a little off the natural one, in size and in both directions."""
+    height = int(generator.integers(17, 23))
+    top = (STRIP_HEIGHT - height) // 2 + int(generator.integers(-2, 3))
+    return Placement(height, top, int(generator.integers(2, 11)))
 
 
 def strip_image(
@@ -107,11 +115,20 @@ def find_strips(page: ColourPage | GreyPage) -> list[View]:
     A line up to 1.3 times too wide for one strip is scaled down. A wider one is cut at gaps between
     words into overlapping pieces, as wide as fits, that begin about half a strip after one another:
     a phrase of up to half a strip lies whole in at least one of them. Up to 1.8 times too wide, as
-    long headings are, it also gives one strip of the whole line.
+    long headings are, it also gives one strip of the whole line. The lines of a crooked scan are
+    made level first (up to three degrees); boxes are those of the page as it was given.
     """
     ink = PageInk.of(to_grey(page))
-    boxes = [_fractions(page, part) for line in find_lines(ink) for part in _pieces(ink, line)]
-    return [View(strip_image(ink.grey, box), box) for box in boxes]
+    slope = slope_of(ink.ink)
+    if slope:
+        ink = PageInk.of(sheared(ink.grey, slope))
+    views = []
+    for line in find_lines(ink):
+        for part in _pieces(ink, line):
+            image = strip_image(ink.grey, _fractions(page, part))
+            place = box_before_shear(part, ink.grey.shape, slope) if slope else part
+            views.append(View(image, _fractions(page, place)))
+    return views
 
 
 def page_views(page: ColourPage, kind: Literal["page", "strips", "tiles"]) -> list[View]:

@@ -6,7 +6,8 @@ that is drawn anew at each load is another model each time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,8 @@ from colfolio.data.patches import PixelBudget
 from colfolio.data.prompts import IMAGE_TOKEN, Templates
 from colfolio.errors import CheckpointError
 from colfolio.models.checkpoint import hidden_size, load_config, load_tokenizer, local_folder
-from colfolio.models.contract import Contract, hash_weights
-from colfolio.models.families import family_of
+from colfolio.models.contract import Contract, check_contract, hash_weights
+from colfolio.models.families import CONFIG_ERRORS, family_of
 from colfolio.models.retriever import Retriever
 
 VIDEO_TOKEN = "<|video_pad|>"
@@ -83,14 +84,15 @@ def base_from_shape(shape: Shape, tokenizer: Tokenizer, seed: int) -> Retriever:
             f"the shape's vocab_size is {text['vocab_size']}, but its tokenizer has "
             f"{tokenizer.get_vocab_size()} tokens"
         )
-    try:
-        build: Any = family.config
-        config = build(**(values | {"text_config": text}))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"shape of family {shape.family}: {error}") from None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        backbone = family.backbone(config).to(getattr(torch, shape.dtype))
+        torch.default_generator.manual_seed(seed)
+        try:
+            build: Any = family.config
+            config = build(**(values | {"text_config": text}))
+            _check_keys(values, config)
+            backbone = family.backbone(config).to(getattr(torch, shape.dtype))
+        except CONFIG_ERRORS as error:
+            raise CheckpointError(f"shape of family {shape.family}: {error}") from None
         projection = _projection(backbone, shape.dim)
     return _retriever(
         backbone, projection, tokenizer, shape.templates, shape.pixel_budget, shape.views
@@ -103,7 +105,8 @@ def base_from_weights(
     """A base from published weights of a backbone, with a projection drawn once.
 
     Raises:
-        CheckpointError: the weights are not exactly those of the backbone.
+        CheckpointError: the weights are not exactly those of the backbone, a language-model head
+            aside.
     """
     folder = local_folder(path_or_id, revision)
     family = family_of(load_config(folder).model_type, str(folder))
@@ -114,8 +117,14 @@ def base_from_weights(
             f"{folder}: tensors missing or of another shape: "
             f"{sorted(found['missing_keys'])[:20]} {sorted(found['mismatched_keys'])[:20]}"
         )
+    unexpected = [name for name in found["unexpected_keys"] if not name.startswith("lm_head.")]
+    if unexpected:
+        raise CheckpointError(
+            f"{folder}: tensors that the backbone does not have: {sorted(unexpected)[:20]}; "
+            "a retriever is trained further from its own folder, without `init`"
+        )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         projection = _projection(backbone, dim)
     tokenizer = load_tokenizer(folder)
     return _retriever(backbone, projection, tokenizer, Templates(), PixelBudget(), "page")
@@ -138,6 +147,21 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> Tokeni
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def _check_keys(values: Mapping[str, Any], config: Any) -> None:
+    """`transformers` keeps keywords that it does not know; a shape means each of its own."""
+    kinds = [kind for kind in type(config).__mro__ if "__init__" in vars(kind)]
+    known = {name for kind in kinds for name in inspect.signature(kind.__init__).parameters}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{type(config).__name__} has no keywords {unknown}")
+    for name in ("text_config", "vision_config"):
+        if name in values:
+            try:
+                _check_keys(values[name], getattr(config, name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
 
 
 def _projection(backbone: Any, dim: int) -> nn.Linear:
@@ -175,6 +199,7 @@ def _retriever(
         views=views,
         base_hash="",
     )
+    check_contract(contract, backbone.config, "the base")
     retriever = Retriever(backbone, projection, tokenizer, contract)
     retriever.contract = contract.model_copy(
         update={"base_hash": hash_weights(retriever.weights())}

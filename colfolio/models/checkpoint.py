@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from colfolio.errors import CheckpointError
-from colfolio.models.contract import Contract, load_contract, save_contract
-from colfolio.models.families import family_of
+from colfolio.models.contract import Contract, check_contract, load_contract, save_contract
+from colfolio.models.families import CONFIG_ERRORS, family_of
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -39,9 +39,13 @@ def load_parts(
     folder = local_folder(path_or_id, revision)
     contract = load_contract(folder)
     config = load_config(folder)
+    check_contract(contract, config, str(folder))
     weights = read_weights(folder)
     with torch.device("meta"):
-        backbone = family_of(config.model_type, str(folder)).backbone(config)
+        try:
+            backbone = family_of(config.model_type, str(folder)).backbone(config)
+        except CONFIG_ERRORS as error:
+            raise CheckpointError(f"{folder / CONFIG_FILE}: fits no model: {error}") from None
         projection = nn.Linear(hidden_size(config), contract.dim)
     _check_names(backbone, projection, weights, folder)
     mine = {k.removeprefix(PROJECTION): v for k, v in weights.items() if k.startswith(PROJECTION)}
@@ -62,19 +66,25 @@ def save_parts(
     """Write a checkpoint folder aside and rename it into place.
 
     Raises:
-        CheckpointError: the folder exists and holds something else than a checkpoint.
+        CheckpointError: the folder exists and holds something else than a checkpoint, or the
+            weights cannot be written.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
+    is_folder = folder.is_dir() or not folder.exists()
+    is_free = is_folder and not (folder.exists() and any(folder.iterdir()))
+    if not is_free and not (folder / CONFIG_FILE).exists():
         raise CheckpointError(f"{folder}: exists and is no checkpoint; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    aside.mkdir()
     try:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        save_file(plain, aside / WEIGHTS_FILE, metadata={"format": "pt"})
+        _write_weights(plain, aside / WEIGHTS_FILE)
         values = config.to_dict() | {"architectures": ["ColQwen2"]}
         values.pop("_attn_implementation", None)
-        (aside / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        tokenizer.save(str(aside / TOKENIZER_FILE))
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        (aside / CONFIG_FILE).write_text(text, encoding="utf-8")
+        text = tokenizer.to_str(pretty=True)  # its own `save` raises bare Exception
+        (aside / TOKENIZER_FILE).write_text(text, encoding="utf-8")
         save_contract(contract, aside)
         _swap(aside, folder)
     finally:
@@ -97,7 +107,7 @@ def local_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"])
         )
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"{name}: no folder of that name here, and the hub could not give it ({reason})"
@@ -112,7 +122,9 @@ def load_config(folder: Path) -> PretrainedConfig:
         config = family_of(values.get("model_type"), str(path)).config.from_dict(values)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {CONFIG_FILE}, so this is no checkpoint") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except CONFIG_ERRORS as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     config.dtype = None
     return config
@@ -177,6 +189,16 @@ def _check_names(
             f"{folder}: tensors do not fit the architecture. Missing: {_listed(missing)}. "
             f"Unexpected: {_listed(unexpected)}. Of another shape: {_listed(shapes)}."
         )
+
+
+def _write_weights(weights: dict[str, Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk is not an OSError here
+        raise CheckpointError(f"{path}: cannot be written: {error}") from None
+    path.chmod(mode)  # safetensors lets nobody else read it
 
 
 def _listed(names: list[str]) -> str:

@@ -6,14 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from colfolio.config import Settings, validated
 from colfolio.data.patches import PixelBudget
 from colfolio.data.prompts import Templates
 from colfolio.errors import CheckpointError, RecipeError
+from colfolio.models.families import family_of
 
 CONTRACT_FILE = "colfolio.json"
 _FORMAT = 1
@@ -67,6 +70,37 @@ def load_contract(folder: Path) -> Contract:
     if contract.format != _FORMAT:
         raise CheckpointError(f"{path}: format {contract.format}, this version reads {_FORMAT}")
     return contract
+
+
+def check_contract(contract: Contract, config: PretrainedConfig, origin: str) -> None:
+    """Refuse a contract that its backbone cannot keep.
+
+    Raises:
+        CheckpointError: images are cut otherwise than the vision tower reads them, the towers do
+            not fit together, or positions are made by another scheme than the family's.
+    """
+    vision: Any = config.vision_config  # pyright: ignore[reportAttributeAccessIssue]
+    budget = contract.pixel_budget
+    pairs = {
+        "pixel_budget.patch": (budget.patch, vision.patch_size),
+        "pixel_budget.merge": (budget.merge, vision.spatial_merge_size),
+        "pixel_budget.temporal_patch": (budget.temporal_patch, vision.temporal_patch_size),
+        "position_scheme": (
+            contract.position_scheme,
+            family_of(config.model_type, origin).position_scheme,
+        ),
+        "vision_config.hidden_size": (
+            getattr(vision, "out_hidden_size", vision.hidden_size),
+            config.get_text_config().hidden_size,
+        ),
+    }
+    wrong = [
+        f"{name} is {ours!r}, not {theirs!r}"
+        for name, (ours, theirs) in pairs.items()
+        if ours != theirs
+    ]
+    if wrong:
+        raise CheckpointError(f"{origin}: does not fit its backbone: {'; '.join(wrong)}")
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:

@@ -6,9 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel, Qwen2VLConfig, Qwen2VLModel
 
 from colfolio.errors import CheckpointError
+
+# What `transformers` raises for a configuration that no model can have.
+CONFIG_ERRORS = (TypeError, ValueError, AttributeError, KeyError, StrictDataclassError)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Letters: N tokens of all rows, P patches, V visual tokens, H hidden size.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from colfolio.batch import MultiVectors, Packed
 from colfolio.data.collate import Collator
 from colfolio.data.images import load_image
 from colfolio.data.prompts import Prompter
+from colfolio.errors import ColfolioError
 from colfolio.models.checkpoint import load_parts, save_parts
 from colfolio.models.contract import Contract, hash_weights
 from colfolio.models.vision_positions import vision_position_ids
@@ -87,10 +89,10 @@ class Retriever(nn.Module):
 
         Raises:
             CheckpointError: a file, tensor or token is missing, unexpected or damaged.
+            ColfolioError: the device cannot be used.
         """
-        retriever = cls(*load_parts(path_or_id, revision))
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return retriever.to(device=device, dtype=dtype).eval()
+        place = _usable(device)
+        return cls(*load_parts(path_or_id, revision)).to(device=place, dtype=dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, tokenizer, configuration and contract; aside first, then renamed."""
@@ -115,8 +117,9 @@ class Retriever(nn.Module):
         return self.contract.dim
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights as they are now."""
-        return hash_weights(self.weights())
+        """SHA-256 of all that decides a vector: the weights as they are now, and the contract."""
+        both = hash_weights(self.weights()) + self.contract.model_dump_json()
+        return hashlib.sha256(both.encode()).hexdigest()
 
     def forward(self, packed: Packed) -> MultiVectors:
         """Vectors of unit length, one a token, for packed queries or documents."""
@@ -145,9 +148,18 @@ class Retriever(nn.Module):
         ).pooler_output
 
     def encode_queries(self, queries: Sequence[str], batch_size: int = 128) -> MultiVectors:
-        """Vectors of texts, float32 on the CPU, in the given order."""
+        """Vectors of texts, float32 on the CPU, in the given order.
+
+        Raises:
+            ValueError: a query has no tokens.
+        """
+        if isinstance(queries, str):
+            raise TypeError(f"encode_queries takes a list of texts, received one: {queries!r}")
         texts = list(queries)
         lengths = self.collator.query_lengths(texts)
+        if 0 in lengths:
+            row = lengths.index(0)
+            raise ValueError(f"query {row} ({texts[row]!r}) has no tokens, so it finds nothing")
         return self._encode(
             lengths, batch_size, lambda rows: self.collator.queries([texts[row] for row in rows])
         )
@@ -170,7 +182,7 @@ class Retriever(nn.Module):
     def _token_grid(self, image: np.ndarray) -> tuple[int, int]:
         return self.collator.document_size(*image.shape[:2])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _encode(
         self, lengths: list[int], batch_size: int, collate: Callable[[list[int]], Packed]
     ) -> MultiVectors:
@@ -181,12 +193,14 @@ class Retriever(nn.Module):
         self.eval()
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         encoded: list[Tensor] = [torch.empty(0)] * len(lengths)
-        for rows in _batches(order, batch_size):
-            vectors = self(collate(rows).to(self.device))
-            kept = MultiVectors(vectors.vectors.float().cpu(), vectors.offsets)
-            for row, vector in zip(rows, kept, strict=True):
-                encoded[row] = vector
-        self.train(was_training)
+        try:
+            for rows in _batches(order, batch_size):
+                vectors = self(collate(rows).to(self.device))
+                kept = MultiVectors(vectors.vectors.float().cpu(), vectors.offsets)
+                for row, vector in zip(rows, kept, strict=True):
+                    encoded[row] = vector
+        finally:
+            self.train(was_training)
         return MultiVectors.from_list(encoded)
 
 
@@ -205,11 +219,26 @@ class LinearPatchEmbed(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
+def _usable(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ColfolioError(f"device {str(device)!r} cannot be used: {reason}") from None
+
+
 def _batches(order: list[int], size: int) -> Iterator[list[int]]:
     return (order[start : start + size] for start in range(0, len(order), size))
 
 
 def _pixels(document: ImageLike) -> np.ndarray:
     if isinstance(document, np.ndarray):
+        if document.dtype != np.uint8 or document.ndim != 3 or document.shape[2] != 3:
+            raise ValueError(
+                "an image is uint8 [height, width, 3] in RGB, received "
+                f"{document.dtype} {list(document.shape)}"
+            )
         return document
     return load_image(Path(document) if isinstance(document, str) else document)

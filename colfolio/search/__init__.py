@@ -2,7 +2,7 @@
 
 from colfolio.search.heatmap import heat_map, hit_image
 from colfolio.search.index import Encoder, IndexSettings, Progress, build_index
-from colfolio.search.searcher import Hit, PageScore, Searcher
+from colfolio.search.searcher import Hit, PageScore, Searcher, load_encoder
 from colfolio.search.sources import SourcePage, corpus_pages
 from colfolio.search.store import VectorStore
 
@@ -19,4 +19,5 @@ __all__ = [
     "corpus_pages",
     "heat_map",
     "hit_image",
+    "load_encoder",
 ]

@@ -18,11 +18,11 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from colfolio.batch import MultiVectors, offsets_of
-from colfolio.errors import ColfolioError
+from colfolio.errors import CheckpointError, ColfolioError, IndexStoreError
 from colfolio.maxsim import maxsim
 from colfolio.models.retriever import Retriever
 from colfolio.search.index import Encoder
-from colfolio.search.layout import BoxF
+from colfolio.search.layout import BoxF, read_manifest
 from colfolio.search.store import VectorStore
 
 PageScore = Literal["best", "union"]
@@ -68,8 +68,7 @@ class Searcher:
         self, index: Path, encoder: Encoder | None = None, page_score: PageScore = "best"
     ) -> None:
         self.store = VectorStore(index)
-        manifest = self.store.manifest
-        self.encoder: Encoder = encoder or Retriever.from_pretrained(manifest.model)
+        self.encoder: Encoder = load_encoder(index) if encoder is None else encoder
         self.store.check_encoder(self.encoder.dim, self.encoder.fingerprint(), "this model")
         self.page_score = page_score
         self.pages = self.store.pages()
@@ -142,6 +141,25 @@ class Searcher:
             page_id=page_id,
             view_id=best,
         )
+
+
+def load_encoder(index: Path, model: str | None = None) -> Retriever:
+    """The model that made an index, from where it was then, or from where it is now.
+
+    Raises:
+        IndexStoreError: there is no index, or the model is no longer where it was.
+        CheckpointError: the model that was named cannot be loaded.
+    """
+    if model is not None:
+        return Retriever.from_pretrained(model)
+    named = read_manifest(index).model
+    try:
+        return Retriever.from_pretrained(named)
+    except CheckpointError as error:
+        raise IndexStoreError(
+            f"{index}: the model that made it ({named or 'not named'}) cannot be loaded; say where "
+            f"it is now (--model): {error}"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,8 +46,8 @@ def create_store(folder: Path, dim: int, dtype: VectorType) -> Iterator[StoreWri
     """
     existed = folder.is_dir()
     with _locked(folder):
+        _remove_unnamed(folder)
         try:
-            _remove_unnamed(folder)
             yield StoreWriter(folder, f"{_GENERATION}{uuid.uuid4().hex}", dim, dtype)
         finally:
             _remove_unnamed(folder)
@@ -224,11 +224,12 @@ def _is_ours(path: Path) -> bool:
 def _remove_unnamed(folder: Path) -> None:
     """Remove every generation that the manifest does not name."""
     manifest = folder / MANIFEST
-    named = manifest.read_text(encoding="utf-8") if manifest.exists() else ""
-    (folder / _ASIDE).unlink(missing_ok=True)
-    for path in folder.glob(f"{_GENERATION}*"):
-        if path.name not in named:
-            shutil.rmtree(path)
+    with file_errors(folder, "the index cannot be written"):
+        named = manifest.read_text(encoding="utf-8", errors="replace") if manifest.exists() else ""
+        (folder / _ASIDE).unlink(missing_ok=True)
+        for path in folder.glob(f"{_GENERATION}*"):
+            if path.name not in named:
+                shutil.rmtree(path)
 
 
 def _replace_manifest(folder: Path, manifest: Manifest) -> None:

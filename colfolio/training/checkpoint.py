@@ -33,6 +33,9 @@ def save_checkpoint(
     Args:
         dataset_fingerprint: of the training split; a resumed run must have the same.
         keep: how many checkpoints stay, at least 1.
+
+    Raises:
+        CheckpointError: it cannot be written; earlier checkpoints stay as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state.step:06d}"
@@ -40,7 +43,7 @@ def save_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         state.retriever.save_pretrained(aside / MODEL_FOLDER)
-        torch.save(state.optimiser.state_dict(), aside / _OPTIMISER_FILE)
+        _write_optimiser(state, aside / _OPTIMISER_FILE)
         values = {
             "step": state.step,
             "position": {"epoch": state.position.epoch, "index": state.position.index},
@@ -95,9 +98,21 @@ def load_checkpoint(
             f"{dataset_fingerprint[:12]}); resume needs the same training split"
         )
     state = start_training(Retriever.from_pretrained(path / MODEL_FOLDER, device=device), settings)
-    state.optimiser.load_state_dict(optimiser)
+    try:
+        state.optimiser.load_state_dict(optimiser)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{path / _OPTIMISER_FILE}: is of another model: {error}") from None
     state.step, state.position = step, position
     return state
+
+
+def _write_optimiser(state: TrainingState, path: Path) -> None:
+    try:
+        torch.save(state.optimiser.state_dict(), path)
+    except RuntimeError as error:  # a full disk is not an OSError here
+        raise CheckpointError(
+            f"{path}: cannot be written, is the disk full? ({error}); earlier checkpoints stay"
+        ) from None
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

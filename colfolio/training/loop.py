@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch.optim import AdamW
@@ -33,14 +35,14 @@ class TrainSettings(Settings):
 
     Args:
         steps: optimiser steps of the whole run.
-        seed: of the order of the data.
+        seed: of the order of the data, and of dropout where the backbone has any.
         precision: `auto` is bf16 autocast where the machine computes it natively, else fp32.
         gradient_checkpointing: keep only the borders of layers and compute the rest again.
         threads: CPU threads; None leaves them as they are. Another number rounds otherwise.
     """
 
     steps: int = Field(ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     batch: BatchSettings = BatchSettings()
     loss: LossSettings = LossSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
@@ -98,24 +100,13 @@ def train(state: TrainingState, dataset: RetrievalDataset) -> Iterator[StepRepor
     """Train until the settings' number of steps; between two reports the state is whole.
 
     Raises:
-        DatasetError: the split has fewer queries than a batch has rows.
-        ValueError: a batch has a query without a positive or without a negative.
+        DatasetError: at once, if the split has fewer queries than a batch has rows; later, if a
+            batch has a query without a positive or without a negative.
         FloatingPointError: the loss or the gradient is no longer finite.
     """
     settings = state.settings
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     source = BatchSource(dataset, state.retriever.collator, settings.batch, settings.seed)
-    begin = time.perf_counter()
-    for drawn in _ahead(source.batches(state.position), settings.steps - state.step):
-        rate = learning_rate(state.step, settings.steps, settings.optimiser)
-        summary = _backward(state.retriever, drawn.batch, settings)
-        norm = optimiser_step(state.retriever, state.optimiser, rate, settings.optimiser)
-        state.step += 1
-        state.position = drawn.after
-        end = time.perf_counter()
-        yield _report(state.step, summary, norm, rate, end - begin, len(drawn.batch.queries))
-        begin = time.perf_counter()
+    return _steps(state, source)
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -125,6 +116,31 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "bf16" or _computes_bf16(device):
         return torch.bfloat16
     return None
+
+
+def _steps(state: TrainingState, source: BatchSource) -> Iterator[StepReport]:
+    settings = state.settings
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    begin = time.perf_counter()
+    for drawn in _ahead(source.batches(state.position), settings.steps - state.step):
+        rate = learning_rate(state.step, settings.steps, settings.optimiser)
+        with _seeded(settings.seed, state.step, state.retriever.device):
+            summary = _backward(state.retriever, drawn.batch, settings)
+        norm = optimiser_step(state.retriever, state.optimiser, rate, settings.optimiser)
+        state.step += 1
+        state.position = drawn.after
+        end = time.perf_counter()
+        yield _report(state.step, summary, norm, rate, end - begin, len(drawn.batch.queries))
+        begin = time.perf_counter()
+
+
+@contextmanager
+def _seeded(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Dropout draws from (seed, step) alone: a resumed run drops what the unbroken one did."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.default_rng((seed, 2, step)).integers(2**63)))
+        yield
 
 
 def _backward(

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from colfolio.config import Settings
+from colfolio.errors import DatasetError
 
 
 class LossSettings(Settings):
@@ -72,15 +73,15 @@ def check_masks(
     """Refuse a batch in which a query has nothing to find or nothing to tell it from.
 
     Raises:
-        ValueError: names the first such query.
+        DatasetError: names the first such query.
     """
     if not positives.any(dim=1).all():
         row = int((~positives.any(dim=1)).nonzero()[0])
-        raise ValueError(f"query {row} of the batch has no positive document")
+        raise DatasetError(f"query {row} of the batch has no positive document")
     negatives = ~(positives | ignored)
     if not negatives.any(dim=1).all():
         row = int((~negatives.any(dim=1)).nonzero()[0])
-        raise ValueError(
+        raise DatasetError(
             f"query {row} of the batch has no negative among {positives.shape[1]} documents: its "
             "loss is always 0 and teaches nothing; use more rows, from more than one page"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -10,6 +11,8 @@ from torch import nn
 from torch.optim import AdamW
 
 from colfolio.config import Settings
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimiserSettings(Settings):
@@ -25,7 +28,7 @@ class OptimiserSettings(Settings):
     """
 
     lr: float = Field(default=5e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Share, Share] = (0.9, 0.98)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_steps: int = Field(default=100, ge=0)
     final_lr_share: float = Field(default=0.0, ge=0, le=1)

@@ -14,7 +14,9 @@ sides = st.integers(1, 5)
 images = st.tuples(st.just(IMAGE), st.tuples(st.just(1), sides, sides))
 videos = st.tuples(st.just(VIDEO), st.tuples(st.integers(1, 8), sides, sides))
 # text, then any number of images or clips, each with text behind it
-rows = st.tuples(st.integers(1, 4), st.lists(st.tuples(images | videos, st.integers(1, 3)), max_size=3))
+rows = st.tuples(
+    st.integers(1, 4), st.lists(st.tuples(images | videos, st.integers(1, 3)), max_size=3)
+)
 batches = st.lists(rows, min_size=1, max_size=5)
 
 

@@ -22,19 +22,20 @@ class PdfPage:
         parts = [self.operators]
         for x, y, size, text in self.lines:
             escaped = text.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)")
-            parts.append(
-                f"BT /{self.font} {size} Tf {x} {self.size[1] - y} Td ({escaped}) Tj ET"
-            )
+            parts.append(f"BT /{self.font} {size} Tf {x} {self.size[1] - y} Td ({escaped}) Tj ET")
         return "\n".join(parts).encode("latin-1")
 
 
-def pdf_bytes(pages, outline=(), trailer="") -> bytes:
-    """A PDF of these pages; outline entries are `(title, page, y from the top or None)`."""
+def pdf_bytes(pages, outline=(), trailer="", to_unicode="") -> bytes:
+    """A PDF of these pages; outline entries are `(title, page, y from the top or None)`.
+
+    `to_unicode` maps codes of the fonts, as in `<78> <00660069>`.
+    """
     num, first_page = len(pages), 3 + len(_FONTS)
+    kids = " ".join(f"{first_page + 2 * row} 0 R" for row in range(num))
     bodies = {
-        1: "<< /Type /Catalog /Pages 2 0 R /Outlines %d 0 R >>" % (first_page + 2 * num),
-        2: "<< /Type /Pages /Count %d /Kids [%s] >>"
-        % (num, " ".join(f"{first_page + 2 * row} 0 R" for row in range(num))),
+        1: f"<< /Type /Catalog /Pages 2 0 R /Outlines {first_page + 2 * num} 0 R >>",
+        2: f"<< /Type /Pages /Count {num} /Kids [{kids}] >>",
     }
     for row, name in enumerate(_FONTS.values()):
         bodies[3 + row] = (
@@ -58,7 +59,18 @@ def pdf_bytes(pages, outline=(), trailer="") -> bytes:
             f"<< /Title <FEFF{title.encode('utf-16-be').hex()}> /Parent {root} 0 R {siblings}"
             f"/Dest [{first_page + 2 * target} 0 R /XYZ null {height} null] >>"
         )
+    if to_unicode:
+        _add_map(bodies, to_unicode)
     return _assembled(bodies, trailer)
+
+
+def _add_map(bodies, to_unicode):
+    number = max(bodies) + 1
+    codes = "1 begincodespacerange <00> <ff> endcodespacerange"
+    content = f"begincmap {codes} 1 beginbfchar {to_unicode} endbfchar endcmap"
+    bodies[number] = f"<< /Length {len(content)} >>\nstream\n{content}\nendstream"
+    for row in range(len(_FONTS)):
+        bodies[3 + row] = bodies[3 + row].removesuffix(">>") + f"/ToUnicode {number} 0 R >>"
 
 
 def _outline_root(root, num_entries):
@@ -92,9 +104,9 @@ def page():
 
 @pytest.fixture
 def make_pdf(tmp_path):
-    def make(*pages, outline=(), name="document.pdf", trailer="") -> Path:
+    def make(*pages, outline=(), name="document.pdf", trailer="", to_unicode="") -> Path:
         path = tmp_path / name
-        path.write_bytes(pdf_bytes(pages, outline, trailer))
+        path.write_bytes(pdf_bytes(pages, outline, trailer, to_unicode))
         return path
 
     return make

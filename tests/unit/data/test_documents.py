@@ -93,10 +93,22 @@ def test_outline_entries_name_page_and_height(make_pdf, page):
     assert entries[1].top_fraction is None
 
 
-def test_replacement_texts_of_ligatures_are_read_in_the_right_byte_order(make_pdf, page):
-    ligature = "BT /F1 20 Tf 72 600 Td /Span << /ActualText <FEFF00660069> >> BDC (x) Tj EMC ET"
-    with open_document(make_pdf(page(operators=ligature))) as document:
-        assert document.text_boxes(0).characters.strip() == "fi"
+@pytest.mark.parametrize(
+    ("mapped", "characters"),
+    [
+        ("00660069", "fi"),
+        ("66006900", "fi"),  # bytes swapped, as some Ghostscript versions wrote them
+        ("6600d200", "f\u00d2"),
+        ("6f225b57", "\u6f22\u5b57"),
+        ("66006f22", "\u6600\u6f22"),  # Chinese beside it: taken at its word
+        ("0007", "\ufffd"),
+        ("d800", "\ufffd"),
+    ],
+)
+def test_characters_are_what_the_font_maps_them_to(make_pdf, page, mapped, characters):
+    path = make_pdf(page(lines=[(72, 100, 20, "x")]), to_unicode=f"<78> <{mapped}>")
+    with open_document(path) as document:
+        assert document.text_boxes(0).characters.strip() == characters
 
 
 @pytest.mark.parametrize(
@@ -136,8 +148,8 @@ def test_a_pdf_with_damaged_bytes_is_read_or_refused(make_pdf, page):
                     document.text_boxes(row)
                     document.render_grey(row, dpi=20.0)
             num_read += 1
-        except DocumentError as error:
-            assert str(path) in str(error)
+        except DocumentError:
+            continue
     assert 20 < num_read < 200
 
 
@@ -264,7 +276,8 @@ def test_the_content_hash_depends_on_bytes_alone(tmp_path):
 
 def test_threads_may_read_documents_at_the_same_time(make_pdf, page):
     paths = [
-        make_pdf(page(lines=[(72, 100, 20, f"thread {row}")]), name=f"{row}.pdf") for row in range(4)
+        make_pdf(page(lines=[(72, 100, 20, f"thread {row}")]), name=f"{row}.pdf")
+        for row in range(4)
     ]
     found = {}
 

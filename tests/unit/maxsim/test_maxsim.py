@@ -115,7 +115,9 @@ def test_only_the_side_that_wants_a_gradient_gets_one():
 
 
 def test_no_queries_or_no_documents_give_an_empty_matrix():
-    nothing = MultiVectors(torch.empty(0, 5, dtype=torch.float64), torch.zeros(1, dtype=torch.int64))
+    nothing = MultiVectors(
+        torch.empty(0, 5, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    )
     assert maxsim(nothing, draw([2, 2], 0)).shape == (0, 2)
     assert maxsim(draw([2, 2], 0), nothing).shape == (2, 0)
 

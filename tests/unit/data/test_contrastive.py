@@ -1,0 +1,188 @@
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from colfolio.data.contrastive import BatchSettings, BatchSource
+from colfolio.data.dataset import CorpusRow, Query, load_dataset, write_split
+from colfolio.data.sampler import SamplerPosition
+from colfolio.errors import ColfolioError
+
+START = SamplerPosition()
+
+
+@pytest.fixture
+def write(tmp_path, encode_png):
+    """Writes a split from `{corpus id: (document, page)}` and `{text: {corpus id: score}}`.
+
+    Image n is one token high and n + 1 tokens wide, so that a row of a batch tells its document.
+    """
+
+    def write(corpus, queries, kinds=None):
+        rows = [
+            CorpusRow(name, encode_png(np.full((28, 28 * (n + 1), 3), 255, np.uint8)), *place)
+            for n, (name, place) in enumerate(corpus.items())
+        ]
+        asked = [
+            Query(f"q{n}", text.rstrip("'"), (kinds or {}).get(text, ""))
+            for n, text in enumerate(queries)
+        ]
+        qrels = {f"q{n}": scores for n, scores in enumerate(queries.values())}
+        write_split(tmp_path / "set", "train", rows, asked, qrels)
+        return load_dataset(tmp_path / "set", "train")
+
+    return write
+
+
+@pytest.fixture
+def first_batch(shared_retriever):
+    """The first batch as `{text: {corpus id: "+", "-" or "ignored"}}`."""
+
+    def first_batch(dataset, **settings):
+        source = BatchSource(dataset, shared_retriever.collator, BatchSettings(**settings), 0)
+        batch = next(source.batches(START)).batch
+        widths = (batch.documents.grid_thw[:, 2] // 2 - 1).tolist()
+        names = [dataset.corpus.ids[width] for width in widths]
+        rows = batch.queries.token_ids.split(batch.queries.lengths.tolist())
+        prompter = shared_retriever.collator.prompter
+        text_of = {tuple(prompter.query_ids([q.text])[0]): q.text for q in dataset.queries}
+        marks = {}
+        for row, ids in enumerate(rows):
+            marks[text_of[tuple(ids.tolist())]] = {
+                name: "+"
+                if batch.positives[row, column]
+                else "ignored"
+                if batch.ignored[row, column]
+                else "-"
+                for column, name in enumerate(names)
+            }
+        return marks
+
+    return first_batch
+
+
+def test_the_positive_of_another_query_is_a_positive_where_it_answers_too(write, first_batch):
+    corpus = {"a": ("one", 0), "b": ("two", 0), "c": ("three", 0)}
+    dataset = write(corpus, {"x": {"a": 1}, "xy": {"b": 1, "a": 1}, "xyz": {"c": 1}})
+    marks = first_batch(dataset, rows=3)
+    assert marks["x"]["a"] == "+"
+    assert marks["xy"]["a"] == "+"
+    assert marks["xyz"] == {"a": "-", "c": "+"} | ({"b": "-"} if "b" in marks["x"] else {})
+
+
+def test_queries_of_equal_text_share_their_positives(write, first_batch):
+    corpus = {"a": ("one", 0), "b": ("two", 0), "c": ("three", 0)}
+    dataset = write(corpus, {"x": {"a": 1}, "x'": {"b": 1}, "xy": {"c": 1}})
+    marks = first_batch(dataset, rows=3)
+    assert marks["x"] == {"a": "+", "b": "+", "c": "-"}
+
+
+def test_another_view_of_the_same_page_is_no_negative(write, first_batch):
+    corpus = {"a": ("one", 0), "b": ("one", 0), "c": ("one", 1), "d": ("two", 0)}
+    queries = {"x": {"a": 1}, "xy": {"b": 1}, "xyz": {"c": 1}, "xyzz": {"d": 1}}
+    marks = first_batch(write(corpus, queries), rows=4)
+    assert marks["x"] == {"a": "+", "b": "ignored", "c": "-", "d": "-"}
+    assert marks["xy"] == {"a": "ignored", "b": "+", "c": "-", "d": "-"}
+    assert marks["xyzz"] == {"a": "-", "b": "-", "c": "-", "d": "+"}
+
+
+def test_the_whole_document_or_nothing_can_be_ignored(write, first_batch):
+    corpus = {"a": ("one", 0), "b": ("one", 1), "c": ("two", 1)}
+    dataset = write(corpus, {"x": {"a": 1}, "xy": {"b": 1}, "xyz": {"c": 1}})
+    assert first_batch(dataset, rows=3, ignore="document")["x"]["b"] == "ignored"
+    assert first_batch(dataset, rows=3, ignore="none")["x"]["b"] == "-"
+
+
+def test_a_view_of_any_positive_page_is_no_negative_whichever_was_picked(write, first_batch):
+    corpus = {"a": ("one", 0), "b": ("two", 0), "a2": ("one", 0), "b2": ("two", 0)}
+    dataset = write(corpus, {"x": {"a": 1, "b": 1}, "xy": {"a2": 1}, "xyz": {"b2": 1}})
+    marks = first_batch(dataset, rows=3)["x"]
+    assert marks["a2"] == "ignored"
+    assert marks["b2"] == "ignored"
+
+
+def test_pages_of_unknown_number_are_not_the_same_page(tmp_path, first_batch, encode_png):
+    folder = tmp_path / "csv"
+    folder.mkdir()
+    lines = ["query,image"]
+    for number in range(3):
+        image = np.full((28, 28 * (number + 1), 3), 255, np.uint8)
+        (folder / f"{number}.png").write_bytes(encode_png(image))
+        lines.append(f"{'x' * (number + 1)},{number}.png")
+    (folder / "set.csv").write_text("\n".join(lines) + "\n")
+    marks = first_batch(load_dataset(folder / "set.csv", "train"), rows=3)
+    assert all(sorted(row.values()) == ["+", "-", "-"] for row in marks.values())
+
+
+@pytest.fixture
+def crowded(write):
+    """12 images on 6 pages, 9 queries with one to three positives."""
+    names = "abcdefghijkl"
+    corpus = {name: (f"doc{n // 4}", n // 2 % 2) for n, name in enumerate(names)}
+    generator = np.random.default_rng(0)
+    queries = {
+        "x" * (n + 1): {str(name): 1 for name in generator.choice(list(names), 1 + n % 3, False)}
+        for n in range(9)
+    }
+    return write(corpus, queries)
+
+
+@pytest.mark.parametrize("ignore", ["page", "document", "none"])
+def test_a_document_is_never_positive_and_ignored_and_every_query_has_a_positive(
+    crowded, shared_retriever, ignore
+):
+    settings = BatchSettings(rows=4, ignore=ignore)
+    source = BatchSource(crowded, shared_retriever.collator, settings, 0)
+    for drawn in islice(source.batches(START), 12):
+        batch = drawn.batch
+        assert not (batch.positives & batch.ignored).any()
+        assert batch.positives.any(dim=1).all()
+        assert batch.positives.shape == (len(batch.queries), len(batch.documents))
+
+
+def test_a_document_stands_in_a_batch_once(crowded, shared_retriever):
+    source = BatchSource(crowded, shared_retriever.collator, BatchSettings(rows=9), 0)
+    widths = next(source.batches(START)).batch.documents.grid_thw[:, 2].tolist()
+    assert len(set(widths)) == len(widths) <= 9
+
+
+def test_rows_stand_in_order_of_length_so_that_equal_ones_share_a_call(crowded, shared_retriever):
+    source = BatchSource(crowded, shared_retriever.collator, BatchSettings(rows=9), 0)
+    batch = next(source.batches(START)).batch
+    for side in (batch.queries, batch.documents):
+        assert side.lengths.tolist() == sorted(side.lengths.tolist())
+
+
+def test_batches_go_on_from_a_position_as_if_never_stopped(crowded, shared_retriever):
+    source = BatchSource(crowded, shared_retriever.collator, BatchSettings(rows=4), 7)
+    whole = list(islice(source.batches(START), 6))
+    tail = list(islice(source.batches(whole[2].after), 3))
+    for mine, theirs in zip(tail, whole[3:], strict=True):
+        assert mine.after == theirs.after
+        assert torch.equal(mine.batch.queries.token_ids, theirs.batch.queries.token_ids)
+        assert torch.equal(mine.batch.documents.patches, theirs.batch.documents.patches)
+        assert torch.equal(mine.batch.positives, theirs.batch.positives)
+
+
+def test_the_weight_of_a_kind_is_its_share_of_an_epoch(write, shared_retriever):
+    corpus = {name: (name, 0) for name in "abcd"}
+    queries = {"x": {"a": 1}, "xy": {"b": 1}, "xyz": {"c": 1}, "xyzz": {"d": 1}}
+    dataset = write(corpus, queries, {"x": "words", "xy": "words"})
+    settings = BatchSettings(rows=2, kind_weights={"words": 0.0})
+    source = BatchSource(dataset, shared_retriever.collator, settings, 0)
+    for drawn in islice(source.batches(START), 5):
+        assert (drawn.batch.documents.grid_thw[:, 2] // 2).tolist() == [3, 4]
+
+
+def test_a_weight_for_a_kind_that_no_query_has_is_refused(write, shared_retriever):
+    dataset = write({"a": ("a", 0), "b": ("b", 0)}, {"x": {"a": 1}, "xy": {"b": 1}}, {"x": "words"})
+    with pytest.raises(ColfolioError, match=r"'word'.*words"):
+        BatchSource(
+            dataset, shared_retriever.collator, BatchSettings(rows=2, kind_weights={"word": 0.5}), 0
+        )
+
+
+def test_a_negative_weight_is_refused():
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        BatchSettings(kind_weights={"words": -1.0})
