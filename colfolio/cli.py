@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -33,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Precision = Literal["auto", "fp32", "bf16"]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings as key=value, with dots for nesting.")
 ]
@@ -157,11 +158,19 @@ def index(
     split: Annotated[str | None, typer.Option(help="Of a dataset.")] = None,
     dpi: Annotated[float | None, typer.Option(help="Resolution to render PDFs at.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of stored vectors: float16, float32.")] = None,
+    precision: Annotated[Precision, typer.Option(help="bf16 where it is native: auto.")] = "auto",
 ) -> None:
     """Index the pages of documents, to be searched by what they look like."""
     from colfolio.commands.index import index_command
 
-    index_command(model, documents, out, views=views, split=split, dpi=dpi, dtype=dtype)
+    index_command(
+        *(model, documents, out),
+        views=views,
+        split=split,
+        dpi=dpi,
+        dtype=dtype,
+        precision=precision,
+    )
 
 
 @app.command()

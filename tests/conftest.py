@@ -19,13 +19,22 @@ from PIL import Image, ImageDraw  # noqa: E402
 from colfolio.data.dataset import CorpusRow, Query, write_split  # noqa: E402
 from colfolio.models import Shape, base_from_shape, train_tokenizer  # noqa: E402
 
-torch.set_num_threads(1)
+# tiny tensors gain nothing from a second thread, and on a busy machine wait for it
+_THREADS = 1
+torch.set_num_threads(_THREADS)
 settings.register_profile("colfolio", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("colfolio")
 
 _COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "grey": (128, 128, 128)}
 _FORMS = ("circle", "square", "triangle")
 _TEXTS = ["a page of text", "Über die Größe", "chapter 12: results", "red circle, blue square"]
+
+
+@pytest.fixture
+def restore_threads():
+    """For a test that trains with threads of its own."""
+    yield
+    torch.set_num_threads(_THREADS)
 
 
 @pytest.fixture(scope="session")

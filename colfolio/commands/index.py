@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from colfolio.commands.console import console
 from colfolio.config import validated
+from colfolio.models.precision import Precision, autocast
 from colfolio.models.retriever import Retriever
 from colfolio.search import IndexSettings, build_index
 from colfolio.search.index import Progress as BuildProgress
@@ -29,6 +30,7 @@ def index_command(
     dtype: str | None = None,
     batch_tokens: int | None = None,
     store_pages: bool = True,
+    precision: Precision = "auto",
 ) -> Manifest:
     """Index all pages of a folder of documents, of one document, or of a dataset's corpus.
 
@@ -38,6 +40,7 @@ def index_command(
         views: `page`, `strips` or `tiles`; None takes what the model was made for.
         split: of a dataset.
         dpi, dtype, batch_tokens, store_pages: see `IndexSettings`; None takes its default.
+        precision: of the model's arithmetic; `auto` is bf16 where the machine computes it natively.
 
     Raises:
         ColfolioError: the documents cannot be read, or the index cannot be written.
@@ -54,7 +57,7 @@ def index_command(
     settings = validated(known, IndexSettings, "index")
     origin = str(Path(model).absolute()) if Path(model).is_dir() else model
     begin = time.monotonic()
-    with _progress_bar() as on_progress:
+    with _progress_bar() as on_progress, autocast(precision, encoder.device):
         manifest = build_index(
             encoder, documents, out, settings, model=origin, split=split, on_progress=on_progress
         )

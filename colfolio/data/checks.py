@@ -106,6 +106,13 @@ def _check_judgements(tables: Tables, where: str) -> None:
                 f"{where}: qrels name the {column} {_named(unknown)}, which the split does not have"
             )
     _check_present(qrels, "score", f"{where}: qrels")
+    pairs = qrels.group_by(["query-id", "corpus-id"]).aggregate([("score", "count_distinct")])
+    torn = pairs.filter(pc.greater(pairs.column("score_count_distinct"), 1))
+    if len(torn):
+        raise DatasetError(
+            f"{where}: qrels give different scores for the same image to query "
+            f"{_named(torn.column('query-id').to_pylist())}"
+        )
     answered = qrels.column("query-id").filter(pc.greater(qrels.column("score"), 0))
     ids = tables.queries.column("query-id")
     lonely = ids.filter(pc.invert(pc.is_in(ids, answered.combine_chunks()))).to_pylist()

@@ -17,7 +17,7 @@ from colfolio.batch import ContrastiveBatch
 from colfolio.config import Settings
 from colfolio.data.collate import Collator
 from colfolio.data.dataset import RetrievalDataset
-from colfolio.data.sampler import Draw, Grouping, SamplerPosition, draws
+from colfolio.data.sampler import Draw, Grouping, SamplerPosition, check_enough, draws
 from colfolio.errors import DatasetError
 
 _WORD = re.compile(r"[^\W\d_]{3,}")
@@ -60,7 +60,8 @@ class BatchSource:
         seed: of order and of the choice among several positives.
 
     Raises:
-        DatasetError: the settings weigh a kind that no query has.
+        DatasetError: the settings weigh a kind that no query has, or want more rows than an epoch
+            has queries.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class BatchSource:
         self._texts = [query.text for query in dataset.queries]
         self._answers = _by_text(self._texts, self._positives)
         self._weights = _weights(dataset, settings.kind_weights)
+        check_enough(self._weights, settings.rows)
         self._group_of_document = _groups(dataset, settings.ignore)
         self._grouping = (
             Grouping(_shared_words(self._texts), settings.group_size, settings.group_from_epoch)
@@ -87,12 +89,8 @@ class BatchSource:
 
     def batches(self, position: SamplerPosition) -> Iterator[DrawnBatch]:
         """Batches from a position on."""
-        weights = [
-            self._settings.kind_weights.get(query.kind or "", 1.0)
-            for query in self._dataset.queries
-        ]
         rows, grouping = self._settings.rows, self._grouping
-        for draw in draws(weights, rows, self._seed, position, grouping):
+        for draw in draws(self._weights, rows, self._seed, position, grouping):
             yield DrawnBatch(self._collate(draw), draw.after)
 
     def _collate(self, draw: Draw) -> ContrastiveBatch:
@@ -140,9 +138,7 @@ def _weights(dataset: RetrievalDataset, kind_weights: dict[str, float]) -> list[
             f"{dataset.name}, split {dataset.split!r}: kind_weights names {unknown}, but its "
             f"queries are of the kinds {sorted(kinds)}"
         )
-    weights = [kind_weights.get(query.kind, 1.0) for query in dataset.queries]
-    check_enough(weights, settings.rows)
-    return weights
+    return [kind_weights.get(query.kind, 1.0) for query in dataset.queries]
 
 
 def _groups(dataset: RetrievalDataset, ignore: str) -> np.ndarray | None:

@@ -44,10 +44,10 @@ class StripSettings(Settings):
         partial: of some strips of words only a part is the query, as a title is part of its line.
     """
 
-    dpi: float = Field(144.0, ge=36, le=600)
-    strips_per_page: int = Field(45, ge=0)
-    words_per_strip: int = Field(8, ge=1, le=len(_WORD_COUNTS))
-    seed: int = Field(0, ge=0)
+    dpi: float = Field(default=144.0, ge=36, le=600)
+    strips_per_page: int = Field(default=45, ge=0)
+    words_per_strip: int = Field(default=8, ge=1, le=len(_WORD_COUNTS))
+    seed: int = Field(default=0, ge=0)
     jitter: bool = True
     partial: bool = True
 

@@ -65,11 +65,8 @@ def draws(
     Raises:
         DatasetError: an epoch has fewer queries than a batch has rows.
     """
+    check_enough(weights, rows)
     wanted = np.asarray(weights, dtype=np.float64)
-    if int(wanted.sum()) < rows:
-        raise DatasetError(
-            f"a batch of {rows} queries, but the training split has only {int(wanted.sum())}"
-        )
     epoch, index = position.epoch, position.index
     while True:
         order = _epoch_order(wanted, seed, epoch)
@@ -80,6 +77,19 @@ def draws(
             generator = np.random.default_rng((seed, 1, epoch, batch))
             yield Draw(picked, generator, SamplerPosition(epoch, batch + 1))
         epoch, index = epoch + 1, 0
+
+
+def check_enough(weights: Sequence[float], rows: int) -> None:
+    """Refuse a batch of more rows than an epoch has queries.
+
+    Raises:
+        DatasetError: names both numbers.
+    """
+    queries = int(np.sum(weights))
+    if queries < rows:
+        raise DatasetError(
+            f"a batch of {rows} queries, but the training split has only {queries} an epoch"
+        )
 
 
 def _epoch_order(weights: np.ndarray, seed: int, epoch: int) -> Int64[np.ndarray, " draws"]:

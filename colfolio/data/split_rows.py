@@ -55,8 +55,8 @@ class SplitQueries:
 
 
 def read_split_rows(shards: Mapping[str, Path]) -> SplitRows:
-    """The rows of all documents of a split, ordered by document."""
-    documents = sorted(shards)
+    """The rows of all documents of a split, in the order of the documents."""
+    documents = list(shards)
     tables = [read_rows(shards[document], _DESCRIBING) for document in documents]
     ids = [
         f"{document}#{suffix}"
@@ -65,7 +65,7 @@ def read_split_rows(shards: Mapping[str, Path]) -> SplitRows:
     ]
     table = pa.concat_tables([no_rows(_DESCRIBING), *tables])
     return SplitRows(
-        shards={document: shards[document] for document in documents},
+        shards=dict(shards),
         ids=ids,
         texts=table.column("texts").to_pylist(),
         kinds=table.column("kind").to_pylist(),

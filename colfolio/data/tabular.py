@@ -205,7 +205,7 @@ def inside(name: str, root: Path) -> str:
     path = PurePath(name)
     if path.is_absolute() and path.is_relative_to(root.absolute()):
         path = path.relative_to(root.absolute())
-    if path.is_absolute() or ".." in path.parts or ".." in PurePosixPath(name).parts:
+    if path.is_absolute() or ".." in path.parts:
         raise DatasetError(
             f"{name!r} lies outside the dataset folder {root}; name files by paths inside it, "
             "without '..'"

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from colfolio.data.contrastive import BatchSettings, BatchSource, DrawnBatch
 from colfolio.data.dataset import RetrievalDataset
 from colfolio.data.sampler import SamplerPosition
 from colfolio.maxsim import maxsim
+from colfolio.models.precision import Precision, autocast
 from colfolio.models.retriever import Retriever
 from colfolio.training.losses import LossSettings, ScoreSummary, check_masks, info_nce
 from colfolio.training.optim import (
@@ -46,7 +46,7 @@ class TrainSettings(Settings):
     batch: BatchSettings = BatchSettings()
     loss: LossSettings = LossSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     gradient_checkpointing: bool = False
     threads: int | None = Field(default=None, ge=1)
 
@@ -109,15 +109,6 @@ def train(state: TrainingState, dataset: RetrievalDataset) -> Iterator[StepRepor
     return _steps(state, source)
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype to compute in, None for the weights' own."""
-    if precision == "fp32":
-        return None
-    if precision == "bf16" or _computes_bf16(device):
-        return torch.bfloat16
-    return None
-
-
 def _steps(state: TrainingState, source: BatchSource) -> Iterator[StepReport]:
     settings = state.settings
     if settings.threads:
@@ -148,8 +139,7 @@ def _backward(
 ) -> ScoreSummary:
     check_masks(batch.positives, batch.ignored)
     batch = batch.to(retriever.device)
-    dtype = autocast_dtype(settings.precision, retriever.device)
-    with torch.autocast(retriever.device.type, dtype=dtype, enabled=dtype is not None):
+    with autocast(settings.precision, retriever.device):
         queries, documents = retriever(batch.queries), retriever(batch.documents)
     scores = maxsim(queries, documents)
     summary = info_nce(scores, batch.positives, batch.ignored, settings.loss)
@@ -187,10 +177,3 @@ def _ahead(batches: Iterator[DrawnBatch], count: int) -> Iterator[DrawnBatch]:
             drawn = coming.result()
             coming = pool.submit(next, batches) if remaining else None
             yield drawn
-
-
-def _computes_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # without these instructions bf16 on a CPU is slower than fp32
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

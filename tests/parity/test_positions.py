@@ -3,11 +3,11 @@
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from transformers.vision_utils import get_vision_position_ids
 
 from colfolio.batch import offsets_of
-from colfolio.mrope import IMAGE, TEXT, VIDEO, position_ids
 from colfolio.models.vision_positions import vision_position_ids
-from transformers.vision_utils import get_vision_position_ids
+from colfolio.mrope import IMAGE, TEXT, VIDEO, position_ids
 
 MERGE = 2
 sides = st.integers(1, 5)

@@ -70,7 +70,7 @@ def test_every_command_explains_itself(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
     for option in COMMANDS[command]:
-        assert (option if option.startswith("--") else option.upper()) in out.replace("│", "")
+        assert option in out.lower()
 
 
 def test_help_answers_without_importing_torch():

@@ -85,7 +85,7 @@ def test_every_unknown_key_is_named_with_its_path(write):
 
 
 def test_a_key_given_twice_is_refused(write):
-    with pytest.raises(RecipeError, match="'steps'.*twice"):
+    with pytest.raises(RecipeError, match=r"'steps'.*twice"):
         load_settings(write("name: a\nsteps: 1\nsteps: 2"), Recipe)
 
 
@@ -140,5 +140,5 @@ def test_settings_never_change():
 
 
 def test_faults_of_plain_values_name_their_origin():
-    with pytest.raises(ColfolioError, match="state.json: name"):
+    with pytest.raises(ColfolioError, match=r"state\.json: name"):
         validated({}, Recipe, "state.json")

@@ -67,8 +67,7 @@ def test_loss_is_smoothed_over_the_last_steps_alone(screen):
 
 def test_a_failure_inside_leaves_the_terminal_usable(screen):
     console = Console(file=screen, force_terminal=True)
-    with pytest.raises(ZeroDivisionError), LiveTraining(console, steps=3) as live:
-        live.step(report(1))
+    with pytest.raises(ZeroDivisionError), LiveTraining(console, steps=3):
         raise ZeroDivisionError
     console.print("after")
     assert "after" in screen.getvalue()
@@ -76,7 +75,10 @@ def test_a_failure_inside_leaves_the_terminal_usable(screen):
         pass
 
 
-def test_hours_are_shown_as_hours(screen):
-    with LiveTraining(Console(file=screen, width=200), steps=10_000, plain_every=1) as live:
+@pytest.mark.parametrize(
+    ("steps", "left"), [(61, "01:00"), (10_000, "02:46:39"), (100_000, "27:46:39")]
+)
+def test_time_left_is_shown_in_hours_and_never_begins_anew(screen, steps, left):
+    with LiveTraining(Console(file=screen, width=200), steps=steps, plain_every=1) as live:
         live.step(report(1, seconds=1.0))
-    assert "02:46:39 left" in screen.getvalue()
+    assert f", {left} left" in screen.getvalue()

@@ -31,7 +31,7 @@ def test_a_run_keeps_its_recipe(run, recipe):
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(run, recipe):
     run.append("step", {"step": 1})
-    with pytest.raises(RecipeError, match="already holds a run.*--resume"):
+    with pytest.raises(RecipeError, match=r"already holds a run.*--resume"):
         run.begin(recipe.model_copy(update={"model": "other"}))
     assert recipe_of(run.path) == recipe
     assert rows(run) == [{"kind": "step", "step": 1}]
@@ -77,7 +77,7 @@ def test_a_last_line_without_its_end_is_kept_whole(run):
 def test_a_folder_without_a_run_cannot_be_rewound_or_resumed(tmp_path):
     with pytest.raises(ColfolioError, match="holds no run"):
         RunFolder(tmp_path).rewind(0)
-    with pytest.raises(ColfolioError, match="recipe.yaml"):
+    with pytest.raises(ColfolioError, match=r"recipe\.yaml"):
         recipe_of(tmp_path)
 
 

@@ -16,13 +16,16 @@ START = SamplerPosition()
 def write(tmp_path, encode_png):
     """Writes a split from `{corpus id: (document, page)}` and `{text: {corpus id: score}}`.
 
-    Image n is one token high and n + 1 tokens wide, so that a row of a batch tells its document.
+    Image n by name is one token high and n + 1 tokens wide, so that a row of a batch tells its
+    document.
     """
 
     def write(corpus, queries, kinds=None):
         rows = [
-            CorpusRow(name, encode_png(np.full((28, 28 * (n + 1), 3), 255, np.uint8)), *place)
-            for n, (name, place) in enumerate(corpus.items())
+            CorpusRow(
+                name, encode_png(np.full((28, width_of(name, corpus), 3), 255, np.uint8)), *place
+            )
+            for name, place in corpus.items()
         ]
         asked = [
             Query(f"q{n}", text.rstrip("'"), (kinds or {}).get(text, ""))
@@ -35,6 +38,10 @@ def write(tmp_path, encode_png):
     return write
 
 
+def width_of(name, corpus):
+    return 28 * (sorted(corpus).index(name) + 1)
+
+
 @pytest.fixture
 def first_batch(shared_retriever):
     """The first batch as `{text: {corpus id: "+", "-" or "ignored"}}`."""
@@ -43,7 +50,7 @@ def first_batch(shared_retriever):
         source = BatchSource(dataset, shared_retriever.collator, BatchSettings(**settings), 0)
         batch = next(source.batches(START)).batch
         widths = (batch.documents.grid_thw[:, 2] // 2 - 1).tolist()
-        names = [dataset.corpus.ids[width] for width in widths]
+        names = [sorted(dataset.corpus.ids)[width] for width in widths]
         rows = batch.queries.token_ids.split(batch.queries.lengths.tolist())
         prompter = shared_retriever.collator.prompter
         text_of = {tuple(prompter.query_ids([q.text])[0]): q.text for q in dataset.queries}
@@ -139,6 +146,17 @@ def test_a_document_is_never_positive_and_ignored_and_every_query_has_a_positive
         assert not (batch.positives & batch.ignored).any()
         assert batch.positives.any(dim=1).all()
         assert batch.positives.shape == (len(batch.queries), len(batch.documents))
+
+
+def test_the_order_in_which_a_dataset_is_stored_decides_no_mask(write, first_batch):
+    corpus = {"a": ("one", 0), "b": ("one", 0), "c": ("two", 1), "d": ("two", 1), "e": ("two", 2)}
+    queries = {"x" * (n + 1): {name: 1} for n, name in enumerate(corpus)}
+    marks = [
+        first_batch(write(dict(ordered), queries), rows=5)
+        for ordered in (corpus.items(), reversed(corpus.items()))
+    ]
+    assert marks[0] == marks[1]
+    assert marks[0]["x"] == {"a": "+", "b": "ignored", "c": "-", "d": "-", "e": "-"}
 
 
 def test_a_document_stands_in_a_batch_once(crowded, shared_retriever):

@@ -240,6 +240,17 @@ def test_queries_without_a_positive_are_named_and_counted(folder):
         load_dataset(folder, "test")
 
 
+def test_judgements_that_contradict_each_other_are_refused(folder):
+    def contradict(table):
+        scores = table.column("score").to_pylist()
+        doubled = pa.concat_tables([table, table])
+        return doubled.set_column(2, "score", pa.array([*scores, scores[0] + 1, *scores[1:]]))
+
+    rewrite(folder, "qrels", contradict)
+    with pytest.raises(DatasetError, match=r"different scores for the same image to query 'q1'"):
+        load_dataset(folder, "test")
+
+
 @pytest.mark.parametrize(("column", "place"), [("query-id", 0), ("corpus-id", 1)])
 def test_judgements_of_unknown_ids_are_named(folder, column, place):
     def change(table):

@@ -230,7 +230,7 @@ def test_words_far_apart_are_not_one_line(make_pdf, page):
     rows = [
         line
         for row in range(20)
-        for line in ((72, 100 + 20 * row, 10, "left"), (400, 100 + 20 * row, 10, "right"))
+        for line in ((72, 100 + 20 * row, 10, "left"), (140, 100 + 20 * row, 10, "right"))
     ]
     assert {pair.text for pair in words(make_pdf(page(lines=rows)))} == {"left", "right"}
 

@@ -75,5 +75,5 @@ def test_four_patches_of_one_token_stand_behind_one_another():
     "values", [{"min_pixels": 9999, "max_pixels": 999}, {"min_pixels": 0}, {"patch": 0}]
 )
 def test_a_budget_that_no_image_can_meet_is_refused(values):
-    with pytest.raises(ValueError, match="pixels|greater"):
+    with pytest.raises(ValueError, match=r"pixels|greater"):
         PixelBudget(**values)

@@ -180,7 +180,20 @@ def test_equal_images_of_a_split_are_one_row(docs, out, write_document):
     assert dataset.positives(query.id) == [f"{home}/a.pdf#p1-h1"]
 
 
-def test_training_images_that_stand_in_other_splits_are_removed(docs, out, write_document):
+def test_a_merged_page_answers_the_titles_of_all_its_copies(docs, out, make_pdf, page):
+    same = page([(72, 90, 18, "Upper title"), (72, 300, 18, "Lower title")])
+    home = some_family("test")
+    make_pdf(same, outline=[("Upper title", 0, 70)], name=f"docs/{home}/a.pdf")
+    make_pdf(same, outline=[("Lower title", 0, 280)], name=f"docs/{home}/b.pdf")
+    report = prepare(docs, out, settings(view="page", page_dpi=50))
+    assert report.merged == 1
+    dataset = load_dataset(out, "test")
+    answers = {query.text: dataset.positives(query.id) for query in dataset.queries}
+    assert answers["Upper title"] == answers["Lower title"] == [f"{home}/a.pdf#p1"]
+
+
+def test_training_images_that_stand_in_other_splits_are_removed(docs, tmp_path, write_document):
+    out = tmp_path / "out"
     clean = prepare(docs, out, settings())
     assert (clean.exact_removed, clean.near_removed) == (0, 0)
     train = some_family("train")
@@ -197,6 +210,11 @@ def test_training_images_that_stand_in_other_splits_are_removed(docs, out, write
     for split in ("validation", "test"):
         texts = {query.text for query in load_dataset(out, split).queries}
         assert f"Leaking {split}" in texts
+    only = settings(strips={"strips_per_page": 6, "jitter": False}, splits=["train"])
+    prepare(docs, tmp_path / "only", only)
+    whole, alone = bytes_of(out), bytes_of(tmp_path / "only")
+    assert {whole[table] == alone[table] for table in TABLES if "train" in table} == {True}
+    assert splits_of(tmp_path / "only") == ["train"]
 
 
 def test_a_copy_of_a_held_out_document_is_removed_from_training(docs, out):
@@ -303,8 +321,8 @@ def test_a_half_written_shard_is_made_again(docs, out, tmp_path):
     shard = next(out.glob(".cache/*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-30])
     (out / "dataset.json").unlink()
-    for table in out.glob("*/*.parquet"):
-        table.unlink()
+    for table in TABLES:
+        (out / table).unlink()
     prepare(docs, out, settings())
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
 

@@ -215,7 +215,7 @@ def test_any_phrase_of_up_to_half_a_strip_lies_whole_in_one_piece(draw, page):
 
 def test_a_long_heading_is_also_kept_whole(draw, page):
     pixels = draw(
-        page(lines=[(72, 100, 10, "Guessing at the outcome of an experiment on the moon")])
+        page(lines=[(72, 100, 10, "Guessing at the outcome of an experiment on the dark moon")])
     )
     line = snap_to_ink(pixels, (0.0, 0.0, 1.0, 0.5))
     assert any(view.box == pytest.approx(line) for view in find_strips(pixels))

@@ -1,5 +1,4 @@
 import json
-import os
 import stat
 
 import pytest
@@ -216,7 +215,7 @@ def test_a_file_in_the_place_of_the_folder_is_an_error_of_ours(tmp_path, shared_
 
 def test_a_saved_folder_is_as_readable_as_any_new_one(saved, tmp_path):
     (tmp_path / "plain").mkdir()
-    mode = stat.S_IMODE(os.stat(tmp_path / "plain").st_mode)
+    mode = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
     assert stat.S_IMODE(saved.stat().st_mode) == mode
     assert {stat.S_IMODE(path.stat().st_mode) for path in saved.iterdir()} == {mode & ~0o111}
 

@@ -56,7 +56,7 @@ def test_an_empty_query_still_has_its_augmentation_tokens(shared_retriever):
 def test_a_query_of_no_tokens_at_all_is_refused_by_name(make_retriever, tiny_shape):
     templates = tiny_shape.templates.model_copy(update={"num_query_suffix": 0})
     retriever = make_retriever(templates=templates).eval()
-    with pytest.raises(ValueError, match="query 1 .*no tokens"):
+    with pytest.raises(ValueError, match=r"query 1 .*no tokens"):
         retriever.encode_queries(["a", ""])
 
 

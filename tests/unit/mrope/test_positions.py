@@ -91,10 +91,10 @@ def test_a_grid_without_any_placeholder_left_is_named():
 
 
 def test_too_many_placeholders_name_their_row():
-    with pytest.raises(ValueError, match="row 1: placeholder token 5 .*no grid"):
+    with pytest.raises(ValueError, match=r"row 1: placeholder token 5 .*no grid"):
         positions_of([[IMAGE] * 4, [TEXT, IMAGE]], [[1, 4, 4]])
 
 
 def test_placeholders_without_any_grid_name_their_row():
-    with pytest.raises(ValueError, match="row 1: placeholder token 1 .*no grid"):
+    with pytest.raises(ValueError, match=r"row 1: placeholder token 1 .*no grid"):
         positions_of([[TEXT], [IMAGE]], [])

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from colfolio.errors import CheckpointError
+from colfolio.training import checkpoint as checkpoint_module
 from colfolio.training import (
     load_checkpoint,
     newest_checkpoint,
@@ -12,7 +13,6 @@ from colfolio.training import (
     start_training,
     train,
 )
-from colfolio.training import checkpoint as checkpoint_module
 
 DATA = "fingerprint of the data"
 

@@ -105,7 +105,7 @@ def test_an_evaluation_between_two_steps_changes_nothing(trained, make_retriever
 def test_more_rows_than_queries_are_refused(make_retriever, shapes, settings):
     batch = settings.batch.model_copy(update={"rows": 25})
     state = start_training(make_retriever(), settings.model_copy(update={"batch": batch}))
-    with pytest.raises(DatasetError, match="batch of 25 queries.*only 24"):
+    with pytest.raises(DatasetError, match=r"batch of 25 queries.*only 24"):
         next(train(state, shapes))
 
 

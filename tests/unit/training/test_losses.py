@@ -92,6 +92,23 @@ def test_chance_is_the_loss_of_equal_scores(level):
     assert summary.spread == 0
 
 
+def test_the_order_of_queries_and_documents_never_changes_the_loss():
+    scores = random_scores(3, 5)
+    positives = mask([1, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0])
+    ignored = mask([0, 1, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0])
+    rows, columns = torch.tensor([2, 0, 1]), torch.tensor([4, 2, 0, 1, 3])
+
+    def turned(matrix):
+        return matrix[rows][:, columns]
+
+    plain = info_nce(scores, positives, ignored, SETTINGS).loss
+    (gradient,) = torch.autograd.grad(plain, scores)
+    other = scores.detach()[rows][:, columns].requires_grad_()
+    loss = info_nce(other, turned(positives), turned(ignored), SETTINGS).loss
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(torch.autograd.grad(loss, other)[0], turned(gradient))
+
+
 @pytest.mark.parametrize("scale", [1e3, 1e6])
 def test_huge_scores_stay_finite_forward_and_backward(scale):
     scores = (random_scores().float() * scale).detach().requires_grad_()
