@@ -64,9 +64,7 @@ def assemble(
         pages=sum(info.pages for info in infos.values()),
         entries=sum(info.entries for info in infos.values()),
         located=sum(info.located for info in infos.values()),
-        strips=sum(
-            each.kinds.count("words") + each.kinds.count("rendered") for each in rows.values()
-        ),
+        strips=sum(each.kinds.count("words") for each in rows.values()),
         exact_removed=exact,
         near_removed=near,
         merged=merged,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -17,10 +15,8 @@ from colfolio.batch import ContrastiveBatch
 from colfolio.config import Settings
 from colfolio.data.collate import Collator
 from colfolio.data.dataset import RetrievalDataset
-from colfolio.data.sampler import Draw, Grouping, SamplerPosition, check_enough, draws
+from colfolio.data.sampler import Draw, SamplerPosition, check_enough, draws
 from colfolio.errors import DatasetError
-
-_WORD = re.compile(r"[^\W\d_]{3,}")
 
 
 class BatchSettings(Settings):
@@ -31,15 +27,13 @@ class BatchSettings(Settings):
         ignore: documents of the same `page` or `document` as a query's positive are not counted
             as its negatives; `none` counts them.
         kind_weights: expected appearances in an epoch of a query of each kind; 1 where not named.
-        group_size: queries that share a word come in groups of this size; 1 mixes all.
-        group_from_epoch: epochs before it are mixed.
+        lowercase_share: of all queries, in lower case, so that a search may be typed that way.
     """
 
     rows: int = Field(default=32, ge=2)
     ignore: Literal["page", "document", "none"] = "page"
     kind_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-    group_size: int = Field(default=1, ge=1)
-    group_from_epoch: int = Field(default=0, ge=0)
+    lowercase_share: float = Field(default=0.0, ge=0, le=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,23 +75,17 @@ class BatchSource:
         self._weights = _weights(dataset, settings.kind_weights)
         check_enough(self._weights, settings.rows)
         self._group_of_document = _groups(dataset, settings.ignore)
-        self._grouping = (
-            Grouping(_shared_words(self._texts), settings.group_size, settings.group_from_epoch)
-            if settings.group_size > 1
-            else None
-        )
 
     def batches(self, position: SamplerPosition) -> Iterator[DrawnBatch]:
         """Batches from a position on."""
-        rows, grouping = self._settings.rows, self._grouping
-        for draw in draws(self._weights, rows, self._seed, position, grouping):
+        for draw in draws(self._weights, self._settings.rows, self._seed, position):
             yield DrawnBatch(self._collate(draw), draw.after)
 
     def _collate(self, draw: Draw) -> ContrastiveBatch:
         picked = [int(draw.generator.choice(self._positives[query])) for query in draw.queries]
         images = {row: self._dataset.corpus.image(row) for row in dict.fromkeys(picked)}
         documents = sorted(images, key=lambda row: (images[row].shape[:2], row))
-        texts = [self._texts[query] for query in draw.queries]
+        texts = [self._asked(query, draw.generator) for query in draw.queries]
         lengths = self._collator.query_lengths(texts)
         order = sorted(range(len(texts)), key=lambda row: (lengths[row], row))
         positives, ignored = self._masks([draw.queries[row] for row in order], documents)
@@ -108,12 +96,16 @@ class BatchSource:
             ignored,
         )
 
+    def _asked(self, query: int, generator: np.random.Generator) -> str:
+        text = self._texts[query]
+        return text.lower() if generator.random() < self._settings.lowercase_share else text
+
     def _masks(
         self, queries: list[int], documents: list[int]
     ) -> tuple[Bool[torch.Tensor, "Q D"], Bool[torch.Tensor, "Q D"]]:
         """A document is a positive of every query that wants it, not only of its own."""
         rows = np.array(documents)
-        answers = [self._answers[self._texts[query]] for query in queries]
+        answers = [self._answers[self._texts[query].casefold()] for query in queries]
         positives = np.stack([np.isin(rows, wanted) for wanted in answers])
         if self._group_of_document is None:
             return torch.from_numpy(positives), torch.zeros(positives.shape, dtype=torch.bool)
@@ -123,10 +115,10 @@ class BatchSource:
 
 
 def _by_text(texts: list[str], positives: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """What answers a text: the positives of every query that asks it."""
+    """What answers a text, whatever its case: the positives of every query that asks it."""
     together: dict[str, list[np.ndarray]] = {}
     for text, rows in zip(texts, positives, strict=True):
-        together.setdefault(text, []).append(rows)
+        together.setdefault(text.casefold(), []).append(rows)
     return {text: np.unique(np.concatenate(rows)) for text, rows in together.items()}
 
 
@@ -153,11 +145,3 @@ def _groups(dataset: RetrievalDataset, ignore: str) -> np.ndarray | None:
     )
     numbers: dict[tuple[str, int], int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
-
-
-def _shared_words(texts: list[str]) -> list[list[int]]:
-    """Numbers of the words of each text that another text has too; short words do not count."""
-    words = [set(_WORD.findall(text.casefold())) for text in texts]
-    counts = Counter(word for of_text in words for word in of_text)
-    numbers = {word: n for n, word in enumerate(w for w in sorted(counts) if counts[w] > 1)}
-    return [sorted(numbers[word] for word in of_text if word in numbers) for of_text in words]

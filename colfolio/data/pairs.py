@@ -57,7 +57,7 @@ class Pair:
     """A text, and the picture of that text on a page."""
 
     text: str
-    kind: Literal["heading", "words", "rendered"]
+    kind: Literal["heading", "words"]
     page: int
     box: BoxF
     image: UInt8[np.ndarray, "height width 3"]

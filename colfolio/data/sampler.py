@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,27 +28,8 @@ class Draw:
     after: SamplerPosition
 
 
-@dataclass(frozen=True, slots=True)
-class Grouping:
-    """Queries that share a word come together, so that one word is not enough to tell them apart.
-
-    Args:
-        words: numbers of the words of each query.
-        size: queries in a group.
-        first_epoch: epochs before it are not grouped.
-    """
-
-    words: Sequence[Sequence[int]]
-    size: int
-    first_epoch: int = 0
-
-
 def draws(
-    weights: Sequence[float],
-    rows: int,
-    seed: int,
-    position: SamplerPosition,
-    grouping: Grouping | None = None,
+    weights: Sequence[float], rows: int, seed: int, position: SamplerPosition
 ) -> Iterator[Draw]:
     """Batches of query numbers without end, from a position on.
 
@@ -60,7 +40,6 @@ def draws(
             batch is left out.
         seed: of the order.
         position: where to go on.
-        grouping: which queries come together; None mixes them all.
 
     Raises:
         DatasetError: an epoch has fewer queries than a batch has rows.
@@ -70,8 +49,6 @@ def draws(
     epoch, index = position.epoch, position.index
     while True:
         order = _epoch_order(wanted, seed, epoch)
-        if grouping is not None and epoch >= grouping.first_epoch:
-            order = _grouped(order, grouping, np.random.default_rng((seed, 2, epoch)))
         for batch in range(index, len(order) // rows):
             picked = order[batch * rows : (batch + 1) * rows].tolist()
             generator = np.random.default_rng((seed, 1, epoch, batch))
@@ -96,21 +73,3 @@ def _epoch_order(weights: np.ndarray, seed: int, epoch: int) -> Int64[np.ndarray
     generator = np.random.default_rng((seed, 0, epoch))
     whole = np.floor(weights + generator.random(len(weights))).astype(np.int64)
     return generator.permutation(np.repeat(np.arange(len(weights)), whole))
-
-
-def _grouped(
-    order: Int64[np.ndarray, " draws"], grouping: Grouping, generator: np.random.Generator
-) -> Int64[np.ndarray, " draws"]:
-    """The same queries in groups that share a word, each query by one of its words at random."""
-    by_word: dict[int, list[int]] = defaultdict(list)
-    chance = generator.random(len(order))
-    for query, share in zip(order.tolist(), chance.tolist(), strict=True):
-        words = grouping.words[query]
-        by_word[words[int(share * len(words))] if words else -1].append(query)
-    groups = [
-        bucket[start : start + grouping.size]
-        for bucket in by_word.values()
-        for start in range(0, len(bucket), grouping.size)
-    ]
-    shuffled = generator.permutation(len(groups))
-    return np.array([query for group in shuffled for query in groups[group]], dtype=np.int64)

@@ -35,7 +35,7 @@ from colfolio.errors import DocumentError
 _LIBRARIES = ("pypdfium2", "pillow", "numpy")
 _JPEG_QUALITY = 90
 _BATCH_ROWS = 512
-_LETTERS = {"heading": "h", "words": "w", "rendered": "r"}
+_LETTERS = {"heading": "h", "words": "w"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from colfolio.data.query_text import query_id, text_key
 from colfolio.data.shards import iterate_rows, no_rows, read_rows
 
 _DESCRIBING = ["suffix", "texts", "kind", "digest", "hash", "length"]
-_KIND_OF_QUERY = {"heading": "heading", "page": "heading", "words": "words", "rendered": "words"}
+_KIND_OF_QUERY = {"heading": "heading", "page": "heading", "words": "words"}
 _MAX_SHARE = {"strip": 0.2, "page": 0.3}
 _WRITE_BYTES = 32 * 2**20
 
@@ -29,7 +29,7 @@ class SplitRows:
         shards: document -> its shard, in the order of the rows.
         ids: corpus id of each row.
         texts: what each row shows; none for a page without a title.
-        kinds: "heading", "words", "rendered" or "page".
+        kinds: "heading", "words" or "page".
         digests: of the pixels.
         hashes: perceptual.
         is_kept: False for rows that are removed or merged into an equal one.

@@ -130,7 +130,7 @@ def _steps(state: TrainingState, source: BatchSource) -> Iterator[StepReport]:
 def _seeded(seed: int, step: int, device: torch.device) -> Iterator[None]:
     """Dropout draws from (seed, step) alone: a resumed run drops what the unbroken one did."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int(np.random.default_rng((seed, 2, step)).integers(2**63)))
+        torch.manual_seed(int(np.random.default_rng((seed, 3, step)).integers(2**63)))
         yield
 
 

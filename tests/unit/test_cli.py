@@ -12,7 +12,16 @@ from colfolio.errors import ColfolioError
 COMMANDS = {
     "demo": {"--out", "--seed", "--steps"},
     "evaluate": {"model", "dataset", "--split", "--json", "--page-score", "--model"},
-    "index": {"model", "documents", "--out", "--views", "--split", "--dpi", "--dtype"},
+    "index": {
+        "model",
+        "documents",
+        "--out",
+        "--views",
+        "--split",
+        "--dpi",
+        "--dtype",
+        "--precision",
+    },
     "init": {"base", "--out", "--dim", "--seed", "--dataset", "--revision"},
     "prepare": {"documents", "overrides", "--out", "--view", "--split"},
     "search": {"index", "query", "--top-k", "--images", "--model", "--page-score"},

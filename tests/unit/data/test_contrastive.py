@@ -85,6 +85,14 @@ def test_queries_of_equal_text_share_their_positives(write, first_batch):
     assert marks["x"] == {"a": "+", "b": "+", "c": "-"}
 
 
+def test_queries_that_differ_in_case_alone_share_their_positives(write, first_batch):
+    corpus = {"a": ("one", 0), "b": ("two", 0), "c": ("three", 0)}
+    dataset = write(corpus, {"Scope": {"a": 1}, "SCOPE": {"b": 1}, "xy": {"c": 1}})
+    marks = first_batch(dataset, rows=3)
+    # the tiny tokenizer lowers case, so both texts are one key here
+    assert marks["SCOPE"] == {"a": "+", "b": "+", "c": "-"}
+
+
 def test_another_view_of_the_same_page_is_no_negative(write, first_batch):
     corpus = {"a": ("one", 0), "b": ("one", 0), "c": ("one", 1), "d": ("two", 0)}
     queries = {"x": {"a": 1}, "xy": {"b": 1}, "xyz": {"c": 1}, "xyzz": {"d": 1}}
@@ -191,6 +199,23 @@ def test_the_weight_of_a_kind_is_its_share_of_an_epoch(write, shared_retriever):
     source = BatchSource(dataset, shared_retriever.collator, settings, 0)
     for drawn in islice(source.batches(START), 5):
         assert (drawn.batch.documents.grid_thw[:, 2] // 2).tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, {"Ab"}), (1.0, {"ab"}), (0.5, {"Ab", "ab"})])
+def test_a_share_of_the_queries_is_asked_in_lower_case(
+    write, shared_retriever, monkeypatch, share, expected
+):
+    corpus = {name: (name, 0) for name in "abcd"}
+    dataset = write(corpus, {f"Ab{number}": {name: 1} for number, name in enumerate(corpus)})
+    asked = []
+    pack = type(shared_retriever.collator).queries
+    monkeypatch.setattr(
+        type(shared_retriever.collator), "queries", lambda s, t: asked.extend(t) or pack(s, t)
+    )
+    settings = BatchSettings(rows=4, lowercase_share=share)
+    source = BatchSource(dataset, shared_retriever.collator, settings, 0)
+    list(islice(source.batches(START), 8))
+    assert {text[:2] for text in asked} == expected
 
 
 def test_a_weight_for_a_kind_that_no_query_has_is_refused(write, shared_retriever):

@@ -249,6 +249,7 @@ def test_titles_know_whether_training_asks_them_too(docs, out, write_document):
     assert {query.seen for query in load_dataset(out, "train").queries} == {None}
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_processes(docs, tmp_path):
     prepare(docs, tmp_path / "one", settings())
     prepare(docs, tmp_path / "two", settings(processes=2))
@@ -299,6 +300,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(docs, tmp_path):
     prepare(docs, tmp_path / "whole", settings())
     script, out = tmp_path / "script.py", tmp_path / "killed"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colfolio.data.sampler import Grouping, SamplerPosition, draws
+from colfolio.data.sampler import SamplerPosition, draws
 from colfolio.errors import DatasetError
 
 START = SamplerPosition()
@@ -74,35 +74,3 @@ def test_every_batch_has_a_generator_of_its_own():
 def test_fewer_queries_than_rows_are_refused(weights):
     with pytest.raises(DatasetError, match="a batch of 4 queries"):
         next(draws(weights, 4, 0, START))
-
-
-WORDS = [[0], [0, 1], [1], [], [2], [2, 0], [1], [], [0], [3], [3], [1]]
-
-
-@given(st.integers(0, 3), st.integers(2, 5))
-def test_grouping_changes_the_order_alone(number, size):
-    def drawn(grouping):
-        position = SamplerPosition(number, 0)
-        batches = draws([1.0] * len(WORDS), 3, 0, position, grouping)
-        epoch = takewhile(lambda draw: draw.after.epoch == number, batches)
-        return [query for draw in epoch for query in draw.queries]
-
-    grouped = drawn(Grouping(WORDS, size))
-    assert sorted(grouped) == list(range(len(WORDS)))
-    assert drawn(Grouping(WORDS, size, first_epoch=number)) == grouped
-    assert drawn(Grouping(WORDS, size, first_epoch=number + 1)) == drawn(None)
-
-
-def test_queries_of_a_group_share_a_word():
-    words = [[number // 4] for number in range(16)]
-    for draw in islice(draws([1.0] * 16, 4, 0, START, Grouping(words, 4)), 8):
-        assert len({words[query][0] for query in draw.queries}) == 1
-
-
-def test_grouped_batches_go_on_from_a_position_too():
-    grouping = Grouping(WORDS, 2, first_epoch=1)
-    whole = list(islice(draws([1.0] * 12, 5, 0, START, grouping), 8))
-    for taken in range(8):
-        position = whole[taken - 1].after if taken else START
-        tail = islice(draws([1.0] * 12, 5, 0, position, grouping), 8 - taken)
-        assert [d.queries for d in tail] == [d.queries for d in whole[taken:]]

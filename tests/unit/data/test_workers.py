@@ -11,6 +11,8 @@ import pytest
 
 from colfolio.data.workers import run_jobs
 
+pytestmark = pytest.mark.slow  # starts processes
+
 
 def run(work, jobs, processes):
     done = []

@@ -47,6 +47,24 @@ def test_the_size_of_a_tile_never_changes_scores_or_gradient():
         torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("tile")
+def test_scores_are_the_same_where_no_gradient_is_kept():
+    sides = draw([3, 1, 4], 0), draw([2, 2, 5, 1, 5, 5, 1, 2], 1)
+    with_graph = maxsim(*sides)
+    with torch.no_grad():
+        assert torch.equal(maxsim(*sides), with_graph)
+    with torch.inference_mode():
+        assert torch.equal(maxsim(*sides), with_graph)
+
+
+@given(row_lengths, st.integers(0, 99))
+def test_the_order_of_documents_only_orders_the_scores(lengths, seed):
+    queries, documents = draw([2, 3], seed), draw(lengths, seed + 100)
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    turned = maxsim(queries, documents.select(order))
+    torch.testing.assert_close(turned, maxsim(queries, documents)[:, order], rtol=1e-13, atol=1e-13)
+
+
 def test_its_gradient_is_the_slope_of_its_scores():
     queries, documents = draw([2, 3], 3, dim=3), draw([3, 1, 2], 4, dim=3)
 

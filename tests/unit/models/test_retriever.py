@@ -105,9 +105,13 @@ def test_the_visual_span_is_row_major(shared_retriever, random_image):
 def test_encoded_vectors_can_be_trained_against(shared_retriever, texts, pages):
     documents = shared_retriever.encode_documents(pages)
     queries = shared_retriever.encode_queries(texts)
-    vectors = queries.vectors.clone().requires_grad_()
-    maxsim(MultiVectors(vectors, queries.offsets), documents).sum().backward()
-    assert vectors.grad.abs().sum() > 0
+    for trained, fixed in ((queries, documents), (documents, queries)):
+        assert not fixed.vectors.is_inference()
+        vectors = trained.vectors.clone().requires_grad_()
+        moving = MultiVectors(vectors, trained.offsets)
+        sides = (moving, fixed) if trained is queries else (fixed, moving)
+        maxsim(*sides).sum().backward()
+        assert vectors.grad.abs().sum() > 0
 
 
 def test_encoding_gives_back_the_mode_it_found(retriever, texts, monkeypatch):

@@ -7,7 +7,6 @@ import torch
 from colfolio.data.dataset import load_dataset
 from colfolio.errors import DatasetError
 from colfolio.training import loop, start_training, train
-from colfolio.training.loop import autocast_dtype
 
 
 def test_each_step_reports_itself(trained, settings):
@@ -148,15 +147,6 @@ def test_bf16_autocast_keeps_weights_and_vectors_in_float32(trained, settings):
     assert {weight.dtype for weight in state.retriever.parameters()} == {torch.float32}
     assert reports[0].loss == pytest.approx(exact[0].loss, rel=0.05)
     assert state.retriever.fingerprint() != plain.retriever.fingerprint()
-
-
-def test_precision_names_what_to_compute_in(monkeypatch):
-    cpu = torch.device("cpu")
-    assert autocast_dtype("fp32", cpu) is None
-    assert autocast_dtype("bf16", cpu) is torch.bfloat16
-    for native, dtype in ((True, torch.bfloat16), (False, None)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda n=native: n)
-        assert autocast_dtype("auto", cpu) is dtype
 
 
 def test_threads_are_set_as_told(make_retriever, shapes, settings):
