@@ -11,9 +11,9 @@ from rich.table import Table
 
 from colfolio.commands.console import console
 from colfolio.config import apply_override, validated
-from colfolio.data.prepare import prepare
-from colfolio.data.prepare_report import PrepareReport
-from colfolio.data.sources import PrepareSettings
+from colfolio.data.preparing.prepare import prepare
+from colfolio.data.preparing.prepare_report import PrepareReport
+from colfolio.data.preparing.sources import PrepareSettings
 
 
 def prepare_command(

@@ -18,15 +18,15 @@ import pyarrow as pa
 from jaxtyping import Int64, UInt8
 from PIL import Image
 
-from colfolio.data import hub, layout, tabular
-from colfolio.data.checks import check_tables
 from colfolio.data.documents import open_document
-from colfolio.data.fingerprint import fingerprint_of
-from colfolio.data.images import IMAGE_SUFFIXES, load_image
-from colfolio.data.layout import Tables, optional_column
-from colfolio.data.layout_writer import stage_readme, stage_split
-from colfolio.data.staging import staged
-from colfolio.data.views import BoxF
+from colfolio.data.formats import hub, layout, tabular
+from colfolio.data.formats.checks import check_tables
+from colfolio.data.formats.fingerprint import fingerprint_of
+from colfolio.data.formats.layout import Tables, optional_column
+from colfolio.data.formats.layout_writer import stage_readme, stage_split
+from colfolio.data.formats.staging import staged
+from colfolio.data.pages.images import IMAGE_SUFFIXES, load_image
+from colfolio.data.pages.views import BoxF
 
 PAGE_DPI = 144.0
 _BATCH_ROWS = 4096

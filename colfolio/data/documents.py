@@ -23,13 +23,13 @@ import pypdfium2.raw as pdfium
 from jaxtyping import UInt8
 from PIL import Image
 
-from colfolio.data.images import (
+from colfolio.data.pages.images import (
     IMAGE_SUFFIXES,
     MAX_IMAGE_PIXELS,  # noqa: F401 (callers look for it beside open_document)
     load_image,
     num_images,
 )
-from colfolio.data.text_layer import PageText, read_page_text
+from colfolio.data.pages.text_layer import PageText, read_page_text
 from colfolio.errors import DocumentError
 
 MAX_RENDERED_PIXELS = 32_000_000

@@ -17,10 +17,10 @@ from pydantic import Field
 
 from colfolio.config import Settings
 from colfolio.data.documents import Document, OutlineEntry, content_hash, open_document
-from colfolio.data.ink import BoxF, GreyPage
-from colfolio.data.text_layer import Words, joined_box, words_of
-from colfolio.data.titles import clean_text, locate_titles
-from colfolio.data.views import (
+from colfolio.data.pages.ink import BoxF, GreyPage
+from colfolio.data.pages.text_layer import Words, joined_box, words_of
+from colfolio.data.pages.titles import clean_text, locate_titles
+from colfolio.data.pages.views import (
     NATURAL,
     snap_to_ink,
     strip_image,

@@ -19,7 +19,7 @@ from jaxtyping import Float32, Float64, UInt8
 from torch import Tensor
 
 from colfolio.data.dataset import Corpus, RetrievalDataset
-from colfolio.data.views import STRIP_HEIGHT
+from colfolio.data.pages.views import STRIP_HEIGHT
 
 Extent = Literal["ink width", "image size"]
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from colfolio.attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
 from colfolio.batch import MultiVectors, Packed
 from colfolio.data.collate import Collator
-from colfolio.data.images import load_image
+from colfolio.data.pages.images import load_image
 from colfolio.data.prompts import Prompter
 from colfolio.errors import ColfolioError
 from colfolio.models.checkpoint import load_parts, save_parts

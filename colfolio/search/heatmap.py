@@ -11,7 +11,7 @@ from PIL import Image, ImageChops, ImageDraw
 from torch import Tensor
 
 from colfolio.data.documents import load_image, open_document
-from colfolio.data.views import NATURAL
+from colfolio.data.pages.views import NATURAL
 from colfolio.errors import DocumentError, IndexStoreError
 from colfolio.search.layout import BoxF, PageRecord
 from colfolio.search.searcher import Hit, Searcher

@@ -17,7 +17,7 @@ from pydantic import Field
 from colfolio.batch import MultiVectors
 from colfolio.config import Settings
 from colfolio.data.dataset import load_dataset, splits_of
-from colfolio.data.views import View, page_views
+from colfolio.data.pages.views import View, page_views
 from colfolio.errors import ColfolioError
 from colfolio.search.layout import Manifest, PageRecord, VectorType, ViewKind, ViewRecord
 from colfolio.search.sources import FolderPages, SourcePage, ahead, corpus_pages

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
-from colfolio.data.deduplicate import (
+from colfolio.data.pages.views import Placement, snap_to_ink, strip_image
+from colfolio.data.preparing.deduplicate import (
     PAGE_CELLS,
     STRIP_CELLS,
     Hashes,
@@ -15,7 +16,6 @@ from colfolio.data.deduplicate import (
     near_duplicates,
     pixel_digest,
 )
-from colfolio.data.views import Placement, snap_to_ink, strip_image
 
 FONT = font_manager.findfont("DejaVu Serif")
 

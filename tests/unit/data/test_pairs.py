@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from colfolio.data.documents import open_document
+from colfolio.data.pages.views import STRIP_HEIGHT, STRIP_MAX_WIDTH, find_strips, snap_to_ink
 from colfolio.data.pairs import PageTitle, StripSettings, page_titles, strip_pairs
-from colfolio.data.views import STRIP_HEIGHT, STRIP_MAX_WIDTH, find_strips, snap_to_ink
 from colfolio.errors import DocumentError
 
 SETTINGS = StripSettings()

@@ -16,12 +16,12 @@ import pytest
 
 from colfolio.commands.prepare import prepare_command
 from colfolio.config import validated
-from colfolio.data import prepare as preparing
-from colfolio.data import shards
 from colfolio.data.dataset import load_dataset, splits_of, write_split
-from colfolio.data.prepare import prepare
-from colfolio.data.query_text import text_key
-from colfolio.data.sources import PrepareSettings, assign_splits
+from colfolio.data.preparing import prepare as preparing
+from colfolio.data.preparing import shards
+from colfolio.data.preparing.prepare import prepare
+from colfolio.data.preparing.query_text import text_key
+from colfolio.data.preparing.sources import PrepareSettings, assign_splits
 from colfolio.errors import DatasetError, DocumentError, RecipeError
 
 WORDS = [
@@ -119,7 +119,7 @@ def test_every_split_holds_the_headings_of_its_families(docs, out):
 def test_titles_and_crops_belong_together(docs, out):
     """The image of a heading is what the strip at its box on its page looks like."""
     from colfolio.data.documents import open_document
-    from colfolio.data.views import strip_image
+    from colfolio.data.pages.views import strip_image
 
     prepare(docs, out, settings(splits=["test"]))
     corpus = load_dataset(out, "test").corpus
@@ -291,8 +291,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from colfolio.config import validated
-from colfolio.data.prepare import prepare
-from colfolio.data.sources import PrepareSettings
+from colfolio.data.preparing.prepare import prepare
+from colfolio.data.preparing.sources import PrepareSettings
 
 if __name__ == "__main__":
     values = {"processes": 2, "strips": {"strips_per_page": 6}}

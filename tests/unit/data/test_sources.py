@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from colfolio.config import validated
-from colfolio.data.sources import PrepareSettings, Shares, assign_splits, find_sources
+from colfolio.data.preparing.sources import PrepareSettings, Shares, assign_splits, find_sources
 from colfolio.errors import DocumentError, RecipeError
 
 SETTINGS = PrepareSettings()

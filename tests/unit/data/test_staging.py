@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from colfolio.data.dataset import CorpusRow, Query, load_dataset, splits_of, write_split
-from colfolio.data.staging import disk_errors, recover, staged
+from colfolio.data.formats.staging import disk_errors, recover, staged
 from colfolio.errors import DatasetError
 
 

@@ -6,7 +6,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from colfolio.data.documents import open_document
-from colfolio.data.views import (
+from colfolio.data.pages.views import (
     NATURAL,
     STRIP_HEIGHT,
     STRIP_MAX_WIDTH,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from colfolio.data.workers import run_jobs
+from colfolio.data.preparing.workers import run_jobs
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -37,7 +37,7 @@ def test_an_error_of_a_job_is_raised():
 
 CRASHING = """
 import os, sys
-from colfolio.data.workers import run_jobs
+from colfolio.data.preparing.workers import run_jobs
 
 def work(number):
     if number == 3:
@@ -59,7 +59,7 @@ def test_a_crash_costs_only_the_job_that_crashed(tmp_path):
 WAITING = """
 import os, sys, time
 from pathlib import Path
-from colfolio.data.workers import run_jobs
+from colfolio.data.preparing.workers import run_jobs
 
 def work(folder):
     (Path(folder) / str(os.getpid())).touch()

@@ -13,7 +13,9 @@ def product_dtype(precision):
         return (torch.eye(2) @ torch.eye(2)).dtype
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
 def test_a_named_precision_is_honoured(precision, dtype):
     assert product_dtype(precision) is dtype
 

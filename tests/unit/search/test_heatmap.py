@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from colfolio.data.documents import open_document
-from colfolio.data.views import STRIP_HEIGHT, find_strips
+from colfolio.data.pages.views import STRIP_HEIGHT, find_strips
 from colfolio.errors import IndexStoreError
 from colfolio.search import IndexSettings, Searcher, SourcePage, build_index, heat_map, hit_image
 from colfolio.search.heatmap import page_image, strip_region

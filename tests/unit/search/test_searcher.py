@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from colfolio.batch import MultiVectors
-from colfolio.data.views import page_views
+from colfolio.data.pages.views import page_views
 from colfolio.errors import ColfolioError
 from colfolio.maxsim import maxsim_by_definition
 from colfolio.search import IndexSettings, Searcher, SourcePage, build_index, searcher

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from colfolio.data.layout import Tables, image_columns
+from colfolio.data.formats.layout import Tables, image_columns
 
 
 def fingerprint_of(tables: Tables) -> str:

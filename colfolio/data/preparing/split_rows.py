@@ -11,9 +11,9 @@ import pyarrow as pa
 from jaxtyping import Bool
 
 from colfolio.data.dataset import Query
-from colfolio.data.deduplicate import Hashes, near_duplicates
-from colfolio.data.query_text import query_id, text_key
-from colfolio.data.shards import iterate_rows, no_rows, read_rows
+from colfolio.data.preparing.deduplicate import Hashes, near_duplicates
+from colfolio.data.preparing.query_text import query_id, text_key
+from colfolio.data.preparing.shards import iterate_rows, no_rows, read_rows
 
 _DESCRIBING = ["suffix", "texts", "kind", "digest", "hash", "length"]
 _KIND_OF_QUERY = {"heading": "heading", "page": "heading", "words": "words"}

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from colfolio.data.layout import Tables, image_columns
+from colfolio.data.formats.layout import Tables, image_columns
 from colfolio.errors import DatasetError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-from colfolio.data.titles import clean_text, without_number
+from colfolio.data.pages.titles import clean_text, without_number
 
 _LEAST_LETTERS = 4
 _YEAR = re.compile(r"\d{4}\b")

@@ -6,15 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from colfolio.data import layout, split_rows
 from colfolio.data.dataset import qrel_table, query_table
-from colfolio.data.layout import SPLITS
-from colfolio.data.layout_writer import stage_readme, stage_split
-from colfolio.data.prepare_report import PrepareReport, SplitCounts
-from colfolio.data.shards import ShardInfo, read_info
-from colfolio.data.sources import Source
-from colfolio.data.split_rows import SplitQueries, SplitRows
-from colfolio.data.staging import staged
+from colfolio.data.formats import layout
+from colfolio.data.formats.layout import SPLITS
+from colfolio.data.formats.layout_writer import stage_readme, stage_split
+from colfolio.data.formats.staging import staged
+from colfolio.data.preparing import split_rows
+from colfolio.data.preparing.prepare_report import PrepareReport, SplitCounts
+from colfolio.data.preparing.shards import ShardInfo, read_info
+from colfolio.data.preparing.sources import Source
+from colfolio.data.preparing.split_rows import SplitQueries, SplitRows
 from colfolio.errors import DatasetError
 
 MANIFEST = "dataset.json"

@@ -26,10 +26,15 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt8
 from PIL import Image
 
-from colfolio.data.deduplicate import PAGE_CELLS, STRIP_CELLS, difference_hash, pixel_digest
 from colfolio.data.documents import open_document
+from colfolio.data.pages.views import BoxF
 from colfolio.data.pairs import Pair, StripSettings, page_titles, strip_pairs
-from colfolio.data.views import BoxF
+from colfolio.data.preparing.deduplicate import (
+    PAGE_CELLS,
+    STRIP_CELLS,
+    difference_hash,
+    pixel_digest,
+)
 from colfolio.errors import DocumentError
 
 _LIBRARIES = ("pypdfium2", "pillow", "numpy")
@@ -247,7 +252,7 @@ def _write(shard: Path, rows: Iterable[_Row], counts: ShardInfo) -> None:
 def _code_version() -> str:
     """A hash of this package's source, which decides what a shard holds, and of what it calls."""
     digest = hashlib.sha256()
-    for module in sorted(Path(__file__).parent.glob("*.py")):
+    for module in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(module.read_bytes())
     for library in _LIBRARIES:
         digest.update(importlib.metadata.version(library).encode())

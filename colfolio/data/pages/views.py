@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from colfolio.data.ink import (
+from colfolio.data.pages.ink import (
     LEAST_CONTRAST,
     BoxF,
     ColourPage,
@@ -25,8 +25,8 @@ from colfolio.data.ink import (
     tight_box,
     to_grey,
 )
-from colfolio.data.lines import PageInk, find_lines, word_runs
-from colfolio.data.skew import box_before_shear, sheared, slope_of
+from colfolio.data.pages.lines import PageInk, find_lines, word_runs
+from colfolio.data.pages.skew import box_before_shear, sheared, slope_of
 
 STRIP_HEIGHT = 28
 STRIP_MAX_WIDTH = 392

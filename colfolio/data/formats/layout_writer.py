@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from colfolio.data.layout import CONFIGS, file_of, ordered, read_readme, schema_of
-from colfolio.data.staging import Staging
+from colfolio.data.formats.layout import CONFIGS, file_of, ordered, read_readme, schema_of
+from colfolio.data.formats.staging import Staging
 from colfolio.errors import DatasetError
 
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*")

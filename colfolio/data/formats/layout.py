@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from colfolio.data.staging import present
+from colfolio.data.formats.staging import present
 from colfolio.errors import DatasetError
 
 CONFIGS = ("corpus", "queries", "qrels")

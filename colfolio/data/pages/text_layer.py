@@ -15,7 +15,7 @@ import pypdfium2
 import pypdfium2.raw as pdfium
 from jaxtyping import Float32, Int64
 
-from colfolio.data.ink import BoxF
+from colfolio.data.pages.ink import BoxF
 
 _WIDEST_GAP = 2.5
 _LEAST_SHARED_HEIGHT = 0.4

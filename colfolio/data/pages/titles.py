@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from colfolio.data.documents import OutlineEntry
-from colfolio.data.ink import BoxF
-from colfolio.data.text_layer import Words, joined_box
+from colfolio.data.pages.ink import BoxF
+from colfolio.data.pages.text_layer import Words, joined_box
 
 _LEAST_LETTERS = 4
 _NEAR_DESTINATION = 0.08

@@ -19,10 +19,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from colfolio.data import layout
 from colfolio.data.documents import open_document
-from colfolio.data.images import IMAGE_SUFFIXES
-from colfolio.data.query_text import query_id
+from colfolio.data.formats import layout
+from colfolio.data.pages.images import IMAGE_SUFFIXES
+from colfolio.data.preparing.query_text import query_id
 from colfolio.errors import DatasetError, DocumentError
 
 DEFAULT_SPLIT = "train"

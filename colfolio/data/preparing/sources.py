@@ -16,9 +16,9 @@ from pydantic import Field, model_validator
 
 from colfolio.config import Settings
 from colfolio.data.documents import content_hash, find_documents
-from colfolio.data.layout import SPLITS
+from colfolio.data.formats.layout import SPLITS
 from colfolio.data.pairs import StripSettings
-from colfolio.data.shards import CutSettings, shard_key
+from colfolio.data.preparing.shards import CutSettings, shard_key
 from colfolio.errors import DocumentError
 
 

@@ -15,14 +15,15 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from colfolio.data import assemble, layout
-from colfolio.data.assemble import MANIFEST, needed_splits
-from colfolio.data.layout import SPLITS
-from colfolio.data.prepare_report import PrepareReport
-from colfolio.data.shards import ShardJob, build_shard, is_whole
-from colfolio.data.sources import PrepareSettings, Source, find_sources
-from colfolio.data.staging import disk_errors, holds_tables, recover
-from colfolio.data.workers import run_jobs
+from colfolio.data.formats import layout
+from colfolio.data.formats.layout import SPLITS
+from colfolio.data.formats.staging import disk_errors, holds_tables, recover
+from colfolio.data.preparing import assemble
+from colfolio.data.preparing.assemble import MANIFEST, needed_splits
+from colfolio.data.preparing.prepare_report import PrepareReport
+from colfolio.data.preparing.shards import ShardJob, build_shard, is_whole
+from colfolio.data.preparing.sources import PrepareSettings, Source, find_sources
+from colfolio.data.preparing.workers import run_jobs
 from colfolio.errors import DatasetError
 
 _CACHE = ".cache"

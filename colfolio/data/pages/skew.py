@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from colfolio.data.ink import GreyPage, InkMask, PixelBox
+from colfolio.data.pages.ink import GreyPage, InkMask, PixelBox
 
 _STEEPEST = 0.055  # three degrees
 _STEP = 0.004

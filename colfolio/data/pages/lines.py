@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from colfolio.data.ink import GreyPage, InkMask, PixelBox, common_grey, ink_mask, tight_box
+from colfolio.data.pages.ink import GreyPage, InkMask, PixelBox, common_grey, ink_mask, tight_box
 
 _LONG_SIDE_PT = 792.0
 _GUTTER_PT = 8.0

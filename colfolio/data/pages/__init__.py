@@ -1,0 +1,1 @@
+"""Pages as pixels and as text: decoding, ink, lines, views, the text layer, titles."""
