@@ -6,7 +6,7 @@ looks for a kernel on the hub, while a vision tower needs it to hand over the bo
 images in one call instead of looping over them.
 
 Sequences of equal length that stand behind one another go through one batched call, so whoever
-packs a batch sorts its rows by length.
+packs a batch sorts its rows by length. Short ones of many lengths share one call on a CPU.
 """
 
 from __future__ import annotations
@@ -105,6 +105,8 @@ def packed_attention(
     if _has_varlen_kernel(query) and dropout == 0.0:
         return _varlen(query, key, value, offsets, causal, scaling)
     lengths = offsets.diff().tolist()
+    if not query.is_cuda and len(set(lengths)) > 1 and max(lengths) <= _SHORT:
+        return _together(query, key, value, offsets, causal, scaling, dropout)
     pieces, start = [], 0
     for length, run in groupby(lengths):
         size = len(list(run)) * length
@@ -116,6 +118,40 @@ def packed_attention(
     if not pieces:
         return torch.empty_like(query)
     return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+
+
+def _together(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    causal: bool,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """Short sequences of many lengths in one call, each laid into a row of the longest.
+
+    A call for each length took a fifth more of a whole training step on small images. The empty
+    places exist only in here: no token sees them, and they are left out again.
+    """
+    offsets = offsets.unique_consecutive()  # an empty sequence would be a row of nothing but -inf
+    place = torch.arange(int(offsets.diff().max()))  # [longest]
+    filled = place < offsets.diff().unsqueeze(1)  # [sequences, longest]
+    source = (offsets[:-1].unsqueeze(1) + place).masked_fill(~filled, 0).flatten()
+    query, key, value = (
+        part.transpose(0, 1).index_select(0, source).unflatten(0, filled.shape).transpose(1, 2)
+        for part in (query, key, value)
+    )  # [sequences, heads, longest, head_dim]
+    seen = filled[:, None, None, :]
+    if causal:
+        seen = seen & (place <= place.unsqueeze(1))
+    logits = (query * scaling) @ key.transpose(-1, -2)  # [sequences, heads, longest, longest]
+    hidden = torch.zeros(seen.shape, dtype=logits.dtype).masked_fill_(~seen, float("-inf"))
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    weights = (logits + hidden).softmax(dim=-1, dtype=precise).to(value.dtype)
+    attended = F.dropout(weights, dropout, training=dropout > 0) @ value
+    kept = filled.flatten().nonzero()[:, 0]
+    return attended.transpose(1, 2).flatten(0, 1).index_select(0, kept).transpose(0, 1)
 
 
 def _batched(
