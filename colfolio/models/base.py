@@ -19,7 +19,13 @@ from colfolio.config import Settings
 from colfolio.data.patches import PixelBudget
 from colfolio.data.prompts import IMAGE_TOKEN, Templates
 from colfolio.errors import CheckpointError
-from colfolio.models.checkpoint import hidden_size, load_config, load_tokenizer, local_folder
+from colfolio.models.checkpoint import (
+    cast_parameters,
+    hidden_size,
+    load_config,
+    load_tokenizer,
+    local_folder,
+)
 from colfolio.models.contract import Contract, check_contract, hash_weights
 from colfolio.models.families import CONFIG_ERRORS, family_of
 from colfolio.models.retriever import Retriever
@@ -90,7 +96,8 @@ def base_from_shape(shape: Shape, tokenizer: Tokenizer, seed: int) -> Retriever:
             build: Any = family.config
             config = build(**(values | {"text_config": text}))
             _check_keys(values, config)
-            backbone = family.backbone(config).to(getattr(torch, shape.dtype))
+            backbone = family.backbone(config)
+            cast_parameters(backbone, getattr(torch, shape.dtype))
         except CONFIG_ERRORS as error:
             raise CheckpointError(f"shape of family {shape.family}: {error}") from None
         projection = _projection(backbone, shape.dim)

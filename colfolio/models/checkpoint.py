@@ -7,6 +7,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -164,12 +165,26 @@ def restore_buffers(backbone: PreTrainedModel) -> None:
     """Compute again the buffers that no checkpoint holds (inverse frequencies of the rotations)."""
     for module in backbone.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            fresh = type(module)(module.config)
+            fresh = _built_again(module)
             for name, buffer in fresh.named_buffers(recurse=False):
                 module.register_buffer(name, buffer, persistent=False)
     left = [name for name, tensor in backbone.state_dict(keep_vars=True).items() if tensor.is_meta]
     left += [name for name, buffer in backbone.named_buffers() if buffer.is_meta]
     assert not left, f"tensors without values: {left}"
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast weights alone: in half precision the inverse frequencies would turn tokens wrongly."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _built_again(module: nn.Module) -> nn.Module:
+    """A module like this one with its buffers computed."""
+    build: Any = type(module)
+    if hasattr(module, "config"):
+        return build(module.config)
+    return build(module.dim, module.theta)  # the vision rotation of transformers before 5.11
 
 
 def _check_names(

@@ -25,7 +25,7 @@ from colfolio.data.collate import Collator
 from colfolio.data.pages.images import load_image
 from colfolio.data.prompts import Prompter
 from colfolio.errors import ColfolioError
-from colfolio.models.checkpoint import load_parts, save_parts
+from colfolio.models.checkpoint import cast_parameters, load_parts, save_parts
 from colfolio.models.contract import Contract, hash_weights
 from colfolio.models.vision_positions import vision_position_ids
 
@@ -92,7 +92,10 @@ class Retriever(nn.Module):
             ColfolioError: the device cannot be used.
         """
         place = _usable(device)
-        return cls(*load_parts(path_or_id, revision)).to(device=place, dtype=dtype).eval()
+        retriever = cls(*load_parts(path_or_id, revision))
+        if dtype is not None:
+            cast_parameters(retriever, dtype)
+        return retriever.to(place).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, tokenizer, configuration and contract; aside first, then renamed."""

@@ -19,6 +19,7 @@ from colfolio.data.contrastive import BatchSettings, BatchSource, DrawnBatch
 from colfolio.data.dataset import RetrievalDataset
 from colfolio.data.sampler import SamplerPosition
 from colfolio.maxsim import maxsim
+from colfolio.models.checkpoint import cast_parameters
 from colfolio.models.precision import Precision, autocast
 from colfolio.models.retriever import Retriever
 from colfolio.training.losses import LossSettings, ScoreSummary, check_masks, info_nce
@@ -89,7 +90,12 @@ class StepReport:
 
 
 def start_training(retriever: Retriever, settings: TrainSettings) -> TrainingState:
-    """The state before the first step."""
+    """The state before the first step.
+
+    Weights that train are float32, whatever their file holds: in bf16 a step smaller than a part in
+    256 of a weight would be lost. `precision` is that of the arithmetic alone.
+    """
+    cast_parameters(retriever, torch.float32)
     retriever.train()
     if settings.gradient_checkpointing:
         retriever.backbone.gradient_checkpointing_enable({"use_reentrant": False})

@@ -58,6 +58,7 @@ def test_every_dtype_survives_saving(tmp_path, make_retriever):
     make_retriever(dtype="bfloat16").save_pretrained(tmp_path / "half")
     loaded = Retriever.from_pretrained(tmp_path / "half")
     assert {tensor.dtype for tensor in loaded.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in loaded.buffers()} == {torch.float32}
     widened = Retriever.from_pretrained(tmp_path / "half", dtype=torch.float32)
     assert {tensor.dtype for tensor in widened.parameters()} == {torch.float32}
 
