@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -27,8 +29,10 @@ from colfolio.diagnosis import (
 from colfolio.evaluation import (
     Evaluation,
     Outcome,
+    Scored,
     chance,
     evaluate_scores,
+    fit_extent_line,
     outcomes,
     ranks,
     score_index,
@@ -41,6 +45,20 @@ _NUM_EXAMPLES = 6
 _NUM_PAGE_HITS = 3
 
 
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """The finished demo's data and scores, which results and report are both made of."""
+
+    strips: RetrievalDataset
+    validation: RetrievalDataset
+    pages: RetrievalDataset
+    searcher: Searcher
+    scored: Scored
+    scored_pages: Scored
+    headings: Evaluation
+    by_page: dict[str, Evaluation]
+
+
 def write_outcome(
     folder: DemoFolder, plan: list[Command], seconds: dict[str, float], seed: int
 ) -> dict[str, Any]:
@@ -50,37 +68,59 @@ def write_outcome(
         seconds: of each command, by its key.
         seed: of the run.
     """
+    begin = time.monotonic()
+    measured = _measure(folder)
+    all_seconds = seconds | {"report": time.monotonic() - begin}
+    results = _results(measured.headings, measured.by_page, all_seconds, seed)
+    aside = folder / ".results.json"
+    aside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    aside.replace(folder / "results.json")
+    commands = [CommandRun(command.line, seconds.get(command.key)) for command in plan]
+    write_report(_report(folder, measured, results, commands), folder / "report.html")
+    return results
+
+
+def _measure(folder: DemoFolder) -> _Measured:
     retriever = Retriever.from_pretrained(folder / "run" / "model")
     strips = load_dataset(folder / "strips", "test")
-    scored = score_model(retriever, strips)
-    headings = evaluate_scores(scored)
+    validation = load_dataset(folder / "strips", "validation")
     pages = load_dataset(folder / "pages", "test")
-    by_page, searchers = {}, {}
-    for page_score in ("best", "union"):
-        searchers[page_score] = Searcher(folder / "index", retriever, page_score)
-        by_page[page_score] = evaluate_scores(score_index(searchers[page_score], pages))
-    results = _results(headings, by_page, seconds, seed)
-    _write_json(folder, results)
-    found = outcomes(scored)
-    report = ReportData(
+    scored = score_model(retriever, strips, fit_extent_line(validation))
+    searcher = Searcher(folder / "index", retriever, "best")
+    scored_pages = score_index(searcher, pages)
+    by_union = score_index(Searcher(folder / "index", retriever, "union"), pages)
+    return _Measured(
+        strips=strips,
+        validation=validation,
+        pages=pages,
+        searcher=searcher,
+        scored=scored,
+        scored_pages=scored_pages,
+        headings=evaluate_scores(scored),
+        by_page={"best": evaluate_scores(scored_pages), "union": evaluate_scores(by_union)},
+    )
+
+
+def _report(
+    folder: DemoFolder, measured: _Measured, results: dict[str, Any], commands: list[CommandRun]
+) -> ReportData:
+    found = outcomes(measured.scored)
+    found_pages = outcomes(measured.scored_pages)
+    return ReportData(
         title="A model that finds sections by their title",
-        summary=_summary(headings, by_page["best"]),
+        summary=_summary(measured.headings, measured.by_page["best"]),
         highlights=_highlights(results),
-        commands=[CommandRun(command.line, seconds.get(command.key)) for command in plan],
+        commands=commands,
         recipe=(folder / "run" / "recipe.yaml").read_text(encoding="utf-8"),
         log=read_log(folder / "run" / "log.jsonl"),
-        chance_ndcg=_validation_chance(folder),
-        tables=_tables(headings, by_page),
-        hits=_examples(strips, [outcome for outcome in found if outcome.rank == 1]),
-        misses=_examples(strips, [outcome for outcome in found if outcome.rank > 1]),
-        page_hits=_page_hits(
-            searchers["best"], pages, outcomes(score_index(searchers["best"], pages))
-        ),
+        chance_ndcg=_chance_ndcg(measured.validation),
+        tables=_tables(measured.headings, measured.by_page),
+        hits=_examples(measured.strips, [outcome for outcome in found if outcome.rank == 1]),
+        misses=_examples(measured.strips, [outcome for outcome in found if outcome.rank > 1]),
+        page_hits=_page_hits(measured.searcher, measured.pages, found_pages),
         notes=_notes(),
-        environment=_environment(seed),
+        environment=_environment(results["seed"]),
     )
-    write_report(report, folder / "report.html")
-    return results
 
 
 def _results(
@@ -109,12 +149,6 @@ def _results(
         "total_seconds": round(sum(seconds.values()), 1),
         "seed": seed,
     }
-
-
-def _write_json(folder: DemoFolder, results: dict[str, Any]) -> None:
-    aside = folder / ".results.json"
-    aside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    aside.replace(folder / "results.json")
 
 
 def _summary(headings: Evaluation, pages: Evaluation) -> str:
@@ -207,9 +241,8 @@ def _spread(size: int, count: int) -> list[int]:
     return np.linspace(0, size - 1, min(size, count)).round().astype(int).tolist()
 
 
-def _validation_chance(folder: DemoFolder) -> float:
-    """nDCG@5 that a random order of the validation candidates has."""
-    dataset = load_dataset(folder / "strips", "validation")
+def _chance_ndcg(dataset: RetrievalDataset) -> float:
+    """nDCG@5 that a random order of the dataset's candidates has."""
     column_of = {id_: column for column, id_ in enumerate(dataset.corpus.ids)}
     relevance = torch.zeros(len(dataset.queries), len(column_of), dtype=torch.bool)
     for row, query in enumerate(dataset.queries):
@@ -224,7 +257,7 @@ def _notes() -> list[str]:
         "the length of the title.",
         "Whole pages are found through their lines of text, which are cut out of the pixels; the "
         "model was never trained on pages.",
-        "On clean printed pages like these, OCR with BM25 finds far more than this tiny model; the "
+        "On clean printed pages like these, OCR with BM25 finds more than this tiny model; the "
         "README has the figures.",
     ]
 
