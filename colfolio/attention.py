@@ -105,7 +105,7 @@ def packed_attention(
     if _has_varlen_kernel(query) and dropout == 0.0:
         return _varlen(query, key, value, offsets, causal, scaling)
     lengths = offsets.diff().tolist()
-    if not query.is_cuda and len(set(lengths)) > 1 and max(lengths) <= _SHORT:
+    if query.device.type == "cpu" and len(set(lengths)) > 1 and max(lengths) <= _SHORT:
         return _together(query, key, value, offsets, causal, scaling, dropout)
     pieces, start = [], 0
     for length, run in groupby(lengths):
