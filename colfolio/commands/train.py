@@ -15,7 +15,9 @@ from colfolio.commands.live import LiveTraining
 from colfolio.commands.run_folder import RunFolder, TrainRecipe, recipe_of
 from colfolio.config import load_settings
 from colfolio.data.dataset import RetrievalDataset, load_dataset
+from colfolio.errors import ColfolioError
 from colfolio.evaluation import quick_metrics
+from colfolio.models.precision import autocast
 from colfolio.models.retriever import Retriever
 from colfolio.training import (
     StepReport,
@@ -39,7 +41,7 @@ def train_command(
         ColfolioError: the recipe, the base or the dataset cannot be honoured.
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
-    recipe = load_settings(recipe_path, TrainRecipe, overrides)
+    recipe = _anchored(load_settings(recipe_path, TrainRecipe, overrides))
     run = RunFolder(Path(recipe.out))
     run.check_free()
     splits = _splits(recipe)
@@ -47,6 +49,8 @@ def train_command(
     state = start_training(retriever, recipe.train)
     reports = train(state, splits.train)  # refuses what cannot be trained before a folder is made
     run.begin(recipe)
+    # a run that is killed before its first step must not begin again from another base
+    save_checkpoint(state, run.checkpoints, splits.train.fingerprint, recipe.checkpoint.keep)
     _run(reports, state, splits, recipe, run)
 
 
@@ -69,6 +73,16 @@ def resume_command(run_path: Path, *, device: str | None = None) -> None:
     _run(train(state, splits.train), state, splits, recipe, run)
 
 
+def _anchored(recipe: TrainRecipe) -> TrainRecipe:
+    """Paths made absolute, so that a run can be resumed from another folder."""
+    paths = {
+        name: str(Path(value).absolute())
+        for name, value in (("model", recipe.model), ("dataset", recipe.dataset))
+        if Path(value).exists()
+    }
+    return recipe.model_copy(update=paths)
+
+
 class _Splits(NamedTuple):
     train: RetrievalDataset
     validation: RetrievalDataset | None
@@ -87,25 +101,36 @@ def _run(
     recipe: TrainRecipe,
     run: RunFolder,
 ) -> None:
-    validation, split = splits.validation, recipe.validation.split
-    steps, keep = recipe.train.steps, recipe.checkpoint.keep
-    with LiveTraining(console(), steps) as live, _stop_after_step() as stop:
-        for report in reports:
-            run.append("step", asdict(report))
-            live.step(report)
-            is_last = report.step == steps
-            if validation and (is_last or report.step % recipe.validation.every == 0):
-                value = quick_metrics(state.retriever, validation, [_METRIC])[_METRIC]
-                run.append("evaluation", {"step": report.step, "split": split, _METRIC: value})
-                live.evaluation(report.step, value)
-            if stop or is_last or report.step % recipe.checkpoint.every == 0:
-                save_checkpoint(state, run.checkpoints, splits.train.fingerprint, keep)
-            if stop:
-                _say(f"\nstopped after step {report.step}, saved in {run.checkpoints}")
-                _say(f"go on with: colfolio train --resume {run.path}")
-                raise KeyboardInterrupt
+    """Consume the steps: show, log, evaluate and save; also when Ctrl-C or an error ends them."""
+    fingerprint, keep = splits.train.fingerprint, recipe.checkpoint.keep
+    with LiveTraining(console(), recipe.train.steps) as live, _stop_after_step() as stop:
+        try:
+            for report in reports:
+                run.append("step", asdict(report))
+                live.step(report)
+                is_last = report.step == recipe.train.steps
+                if splits.validation and (is_last or report.step % recipe.validation.every == 0):
+                    _validate(state, splits.validation, run, live)
+                if stop or is_last or report.step % recipe.checkpoint.every == 0:
+                    save_checkpoint(state, run.checkpoints, fingerprint, keep)
+                if stop:
+                    _say(f"\nstopped after step {report.step}, saved in {run.checkpoints}")
+                    _say(f"go on with: colfolio train --resume {run.path}")
+                    raise KeyboardInterrupt
+        except ColfolioError:
+            save_checkpoint(state, run.checkpoints, fingerprint, keep)
+            raise
     state.retriever.save_pretrained(run.model)
-    _say(f"{run.model}: trained for {steps} steps")
+    _say(f"{run.model}: trained for {recipe.train.steps} steps")
+
+
+def _validate(
+    state: TrainingState, validation: RetrievalDataset, run: RunFolder, live: LiveTraining
+) -> None:
+    with autocast(state.settings.precision, state.retriever.device):
+        value = quick_metrics(state.retriever, validation, [_METRIC])[_METRIC]
+    run.append("evaluation", {"step": state.step, "split": validation.split, _METRIC: value})
+    live.evaluation(state.step, value)
 
 
 def _say(text: str) -> None:

@@ -57,6 +57,7 @@ class _Measured:
     scored_pages: Scored
     headings: Evaluation
     by_page: dict[str, Evaluation]
+    num_parameters: int
 
 
 def write_outcome(
@@ -72,11 +73,12 @@ def write_outcome(
     measured = _measure(folder)
     all_seconds = seconds | {"report": time.monotonic() - begin}
     results = _results(measured.headings, measured.by_page, all_seconds, seed)
+    commands = [CommandRun(command.line, seconds.get(command.key)) for command in plan]
+    write_report(_report(folder, measured, results, commands), folder / "report.html")
+    results["total_seconds"] = round(sum(seconds.values()) + time.monotonic() - begin, 1)
     aside = folder / ".results.json"
     aside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     aside.replace(folder / "results.json")
-    commands = [CommandRun(command.line, seconds.get(command.key)) for command in plan]
-    write_report(_report(folder, measured, results, commands), folder / "report.html")
     return results
 
 
@@ -98,6 +100,7 @@ def _measure(folder: DemoFolder) -> _Measured:
         scored_pages=scored_pages,
         headings=evaluate_scores(scored),
         by_page={"best": evaluate_scores(scored_pages), "union": evaluate_scores(by_union)},
+        num_parameters=sum(parameter.numel() for parameter in retriever.parameters()),
     )
 
 
@@ -108,7 +111,7 @@ def _report(
     found_pages = outcomes(measured.scored_pages)
     return ReportData(
         title="A model that finds sections by their title",
-        summary=_summary(measured.headings, measured.by_page["best"]),
+        summary=_summary(measured),
         highlights=_highlights(results),
         commands=commands,
         recipe=(folder / "run" / "recipe.yaml").read_text(encoding="utf-8"),
@@ -151,12 +154,13 @@ def _results(
     }
 
 
-def _summary(headings: Evaluation, pages: Evaluation) -> str:
+def _summary(measured: _Measured) -> str:
+    headings, pages = measured.headings, measured.by_page["best"]
     return (
-        "A late-interaction retriever of 1.1 million parameters, trained from random weights on "
-        "crops of page images: its query is a section's title, its document the picture of that "
-        f"heading. Measured on {headings.num_candidates:,} headings and {pages.num_candidates:,} "
-        "whole pages of documents whose families it never saw."
+        f"A late-interaction retriever of {measured.num_parameters / 1e6:.1f} million parameters, "
+        "trained from random weights on crops of page images: its query is a section's title, its "
+        f"document the picture of that heading. Measured on {headings.num_candidates:,} headings "
+        f"and {pages.num_candidates:,} whole pages of documents whose families it never saw."
     )
 
 

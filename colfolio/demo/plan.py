@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import signal
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from colfolio.errors import ColfolioError
 
@@ -116,35 +118,43 @@ class Progress:
     """Which commands of a demo folder are done, and the seconds that each took.
 
     Raises:
-        ColfolioError: the folder holds a demo of another seed or length.
+        ColfolioError: the folder holds a demo of another seed, length or version, or its file of
+            progress is damaged.
     """
 
     def __init__(self, folder: DemoFolder, seed: int, steps: int | None) -> None:
         self._file = folder / _PROGRESS_FILE
-        wish = {"seed": seed, "steps": steps}
-        known = json.loads(self._file.read_text()) if self._file.exists() else {"wish": wish}
+        wish = {"seed": seed, "steps": steps, "made_of": _made_of()}
+        known = _read(self._file) or {"wish": wish, "done": [], "seconds": {}}
         if known["wish"] != wish:
             raise ColfolioError(
-                f"{folder.path} holds a demo with {known['wish']}, asked for is {wish}; "
-                "choose another --out"
+                f"{folder.path} holds a demo of another seed, length or version "
+                f"({known['wish']}, asked for is {wish}); choose another --out"
             )
-        self._known = {"wish": wish, "seconds": known.get("seconds", {})}
+        self._known = known
         folder.path.mkdir(parents=True, exist_ok=True)
         self._write()
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of each finished command."""
+        """Seconds spent on each command, interrupted attempts included."""
         return dict(self._known["seconds"])
 
-    def finish(self, key: str, seconds: float) -> None:
-        """Note that a command is done."""
-        self._known["seconds"][key] = round(seconds, 1)
+    def is_done(self, key: str) -> bool:
+        """Whether a command has ended well."""
+        return key in self._known["done"]
+
+    def spend(self, key: str, seconds: float, *, done: bool) -> None:
+        """Note an attempt at a command."""
+        before = self._known["seconds"].get(key, 0.0)
+        self._known["seconds"][key] = round(before + seconds, 1)
+        if done:
+            self._known["done"].append(key)
         self._write()
 
     def _write(self) -> None:
         aside = self._file.with_name(f".{self._file.name}")
-        aside.write_text(json.dumps(self._known, indent=2) + "\n")
+        aside.write_text(json.dumps(self._known, indent=2) + "\n", encoding="utf-8")
         aside.replace(self._file)
 
 
@@ -160,7 +170,7 @@ def run_commands(
         ColfolioError: a command failed; it has said why on the terminal.
     """
     for command in plan:
-        done = command.key in progress.seconds
+        done = progress.is_done(command.key)
         yield command, done
         if done:
             continue
@@ -169,11 +179,11 @@ def run_commands(
             code = subprocess.call(
                 [sys.executable, "-m", "colfolio.cli", *_arguments(command, folder)]
             )
+        progress.spend(command.key, time.monotonic() - begin, done=code == 0)
         if code == 130:
             raise KeyboardInterrupt
         if code:
             raise ColfolioError(f"{command.line}\nended with exit code {code}")
-        progress.finish(command.key, time.monotonic() - begin)
 
 
 @contextmanager
@@ -191,3 +201,23 @@ def _arguments(command: Command, folder: DemoFolder) -> tuple[str, ...]:
     if command.key == "train" and (folder / "run" / "recipe.yaml").exists():
         return ("train", "--resume", str(folder / "run"))
     return command.arguments
+
+
+def _made_of() -> str:
+    """A short hash of what ships with the demo and decides what comes out."""
+    digest = hashlib.sha256()
+    for name in ("recipe.yaml", "shape.yaml", "documents/SOURCES.md"):
+        digest.update(bundled(name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return {"wish": known["wish"], "done": known["done"], "seconds": known["seconds"]}
+    except (ValueError, KeyError, TypeError):
+        raise ColfolioError(
+            f"{file}: damaged, or of another version; choose another --out"
+        ) from None

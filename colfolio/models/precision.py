@@ -17,8 +17,15 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
             elsewhere, as `fp32` is everywhere.
         device: of the model.
     """
-    is_bf16 = precision == "bf16" or (precision == "auto" and _computes_bf16(device))
+    is_bf16 = settled_precision(precision, device) == "bf16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16)
+
+
+def settled_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+    """What a wish comes to on a device."""
+    if precision == "auto":
+        return "bf16" if _computes_bf16(device) else "fp32"
+    return precision
 
 
 def _computes_bf16(device: torch.device) -> bool:

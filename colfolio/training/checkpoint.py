@@ -76,7 +76,8 @@ def load_checkpoint(
     """The training state saved in a checkpoint, ready to go on.
 
     Args:
-        settings: of the run that goes on; they must be those of the checkpoint.
+        settings: of the run that goes on; they must be those of the checkpoint, which also says
+            what they leave to the machine.
         dataset_fingerprint: of the training split, likewise.
         device: where to train; None takes a GPU if there is one.
 
@@ -97,7 +98,7 @@ def load_checkpoint(
             f"{path}: was trained on other data (fingerprint {dataset[:12]}, now "
             f"{dataset_fingerprint[:12]}); resume needs the same training split"
         )
-    state = start_training(Retriever.from_pretrained(path / MODEL_FOLDER, device=device), settings)
+    state = start_training(Retriever.from_pretrained(path / MODEL_FOLDER, device=device), saved)
     try:
         state.optimiser.load_state_dict(optimiser)
     except (ValueError, KeyError) as error:
@@ -124,8 +125,11 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def _check_same(path: Path, saved: TrainSettings, settings: TrainSettings) -> None:
     before, now = saved.model_dump(), settings.model_dump()
+    left_open = {("precision", "auto"), ("threads", None)}
     changed = [
-        f"{key}: {before[key]} then, {now[key]} now" for key in before if before[key] != now[key]
+        f"{key}: {before[key]} then, {now[key]} now"
+        for key in before
+        if before[key] != now[key] and (key, now[key]) not in left_open
     ]
     if changed:
         raise CheckpointError(

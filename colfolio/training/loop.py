@@ -20,7 +20,7 @@ from colfolio.data.dataset import RetrievalDataset
 from colfolio.data.sampler import SamplerPosition
 from colfolio.maxsim import maxsim
 from colfolio.models.checkpoint import cast_parameters
-from colfolio.models.precision import Precision, autocast
+from colfolio.models.precision import Precision, autocast, settled_precision
 from colfolio.models.retriever import Retriever
 from colfolio.training.losses import LossSettings, ScoreSummary, check_masks, info_nce
 from colfolio.training.optim import (
@@ -93,13 +93,20 @@ def start_training(retriever: Retriever, settings: TrainSettings) -> TrainingSta
     """The state before the first step.
 
     Weights that train are float32, whatever their file holds: in bf16 a step smaller than a part in
-    256 of a weight would be lost. `precision` is that of the arithmetic alone.
+    256 of a weight would be lost. `precision` is that of the arithmetic alone. What the settings
+    leave to the machine, precision and threads, is settled here, so that a resumed run keeps it.
     """
     cast_parameters(retriever, torch.float32)
     retriever.train()
     if settings.gradient_checkpointing:
         retriever.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    return TrainingState(retriever, build_optimiser(retriever, settings.optimiser), settings)
+    settled = settings.model_copy(
+        update={
+            "precision": settled_precision(settings.precision, retriever.device),
+            "threads": settings.threads or torch.get_num_threads(),
+        }
+    )
+    return TrainingState(retriever, build_optimiser(retriever, settings.optimiser), settled)
 
 
 def train(state: TrainingState, dataset: RetrievalDataset) -> Iterator[StepReport]:

@@ -9,7 +9,18 @@ from colfolio.commands import demo
 from colfolio.demo import plan
 
 FAMILIES = ("asmeconf", "beuron", "biblatex-ext", "graphics", "maint-guide", "hyperref", "why3")
-NUMBERS = ["ndcg@5", "recall@1", "chance_ndcg@5", "baseline_ndcg@5", "unseen_ndcg@5", "candidates", "page_ndcg@5", "train_seconds", "total_seconds", "seed"]
+NUMBERS = [
+    "ndcg@5",
+    "recall@1",
+    "chance_ndcg@5",
+    "baseline_ndcg@5",
+    "unseen_ndcg@5",
+    "candidates",
+    "page_ndcg@5",
+    "train_seconds",
+    "total_seconds",
+    "seed",
+]
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def test_a_finished_command_is_not_run_again(folder, monkeypatch):
     runs = []
     monkeypatch.setattr(plan.subprocess, "call", lambda line: runs.append(line) or 0)
     steps = [Command(key, (key,), "why") for key in ("init", "search")]
-    Progress(folder, 0, None).finish("init", 1.0)
+    Progress(folder, 0, None).spend("init", 1.0, done=True)
     told = list(run_commands(folder, steps, Progress(folder, 0, None)))
     assert [done for _, done in told] == [True, False]
     assert runs == [[sys.executable, "-m", "colfolio.cli", "search"]]
@@ -52,7 +52,28 @@ def test_a_failed_command_stops_the_demo_and_is_not_done(folder, monkeypatch):
     progress = Progress(folder, 0, None)
     with pytest.raises(ColfolioError, match="exit code 1"):
         list(run_commands(folder, [Command("init", ("init",), "why")], progress))
-    assert progress.seconds == {}
+    assert not progress.is_done("init")
+
+
+def test_every_attempt_at_a_command_counts(folder):
+    Progress(folder, 0, None).spend("train", 200.0, done=False)
+    Progress(folder, 0, None).spend("train", 30.0, done=True)
+    assert Progress(folder, 0, None).seconds == {"train": 230.0}
+
+
+def test_a_demo_of_another_recipe_is_not_passed_off_as_this_one(folder, monkeypatch):
+    Progress(folder, 0, None)
+    monkeypatch.setattr(plan, "_made_of", lambda: "other")
+    with pytest.raises(ColfolioError, match="version"):
+        Progress(folder, 0, None)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]"])
+def test_a_damaged_file_of_progress_is_named(folder, text):
+    folder.path.mkdir()
+    (folder / "commands.json").write_text(text)
+    with pytest.raises(ColfolioError, match=r"commands\.json: damaged"):
+        Progress(folder, 0, None)
 
 
 def test_ctrl_c_in_a_command_ends_the_demo_as_one(folder, monkeypatch):
