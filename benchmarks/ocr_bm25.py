@@ -32,11 +32,11 @@ import bm25s
 import pypdfium2
 import torch
 from demo import commit, machine
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32
 from torch import Tensor
 
 from colfolio.data.dataset import Corpus, RetrievalDataset, load_dataset
-from colfolio.evaluation import bootstrap_interval, chance, per_query, ranks
+from colfolio.evaluation import bootstrap_interval, chance, per_query, ranks, relevance_of
 
 RESULTS = Path(__file__).parent / "results" / "ocr_bm25.json"
 DOCUMENTS = Path(__file__).parents[1] / "colfolio" / "demo" / "documents"
@@ -163,15 +163,6 @@ def tokens_of(text: str) -> list[str]:
     # PDFium marks the hyphen of a divided word as U+0002 or U+FFFE
     text = re.sub(r"(?<=\w)(?:-[\r\n]+|[\x02\ufffe][\r\n]*)(?=\w)", "", text)
     return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
-
-
-def relevance_of(dataset: RetrievalDataset) -> Int64[Tensor, "queries pages"]:
-    column_of = {id_: column for column, id_ in enumerate(dataset.corpus.ids)}
-    relevance = torch.zeros(len(dataset.queries), len(column_of), dtype=torch.int64)
-    for row, query in enumerate(dataset.queries):
-        for corpus_id, gain in dataset.qrels[query.id].items():
-            relevance[row, column_of[corpus_id]] = gain
-    return relevance
 
 
 def table(record: dict) -> str:

@@ -138,19 +138,24 @@ def evaluate(
     index_model: Annotated[
         str | None, typer.Option("--model", help="Of an index: where its model is now.")
     ] = None,
+    precision: Annotated[Precision, typer.Option(help="bf16 where it is native: auto.")] = "fp32",
 ) -> None:
     """Measure how well queries find what answers them, beside chance and a blind baseline."""
     from colfolio.commands.evaluate import evaluate_command
 
     evaluate_command(
-        model, dataset, split, out_json=out_json, page_score=page_score, model=index_model
+        *(model, dataset, split),
+        out_json=out_json,
+        page_score=page_score,
+        model=index_model,
+        precision=precision,
     )
 
 
 @app.command()
 def index(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
-    documents: Annotated[Path, typer.Argument(help="Folder of documents, or a dataset.")],
+    documents: Annotated[str, typer.Argument(help="Folder of documents, or a dataset.")],
     out: Annotated[Path, typer.Option(help="Folder of the index.")],
     views: Annotated[
         str | None, typer.Option(help="page, tiles or strips; the model's own if unset.")
@@ -158,6 +163,12 @@ def index(
     split: Annotated[str | None, typer.Option(help="Of a dataset.")] = None,
     dpi: Annotated[float | None, typer.Option(help="Resolution to render PDFs at.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of stored vectors: float16, float32.")] = None,
+    store_pages: Annotated[
+        bool, typer.Option(help="Keep a small grey image of each page, to show hits on.")
+    ] = True,
+    max_bad_share: Annotated[
+        float, typer.Option(help="Part of the documents that may be unreadable, 0 to 1.")
+    ] = 0.01,
     precision: Annotated[Precision, typer.Option(help="bf16 where it is native: auto.")] = "auto",
 ) -> None:
     """Index the pages of documents, to be searched by what they look like."""
@@ -169,6 +180,8 @@ def index(
         split=split,
         dpi=dpi,
         dtype=dtype,
+        store_pages=store_pages,
+        max_bad_share=max_bad_share,
         precision=precision,
     )
 

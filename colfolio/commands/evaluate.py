@@ -22,11 +22,11 @@ from colfolio.evaluation import (
     score_index,
     score_model,
 )
+from colfolio.models.precision import Precision, autocast
 from colfolio.models.retriever import Retriever
-from colfolio.search import PageScore, Searcher
-from colfolio.search.layout import MANIFEST, read_manifest
+from colfolio.search import Searcher, load_encoder
+from colfolio.search.layout import MANIFEST
 
-_PAGE_SCORES: dict[str, PageScore] = {"best": "best", "union": "union"}
 _FITTED_ON = ("validation", "train")
 
 
@@ -38,6 +38,7 @@ def evaluate_command(
     out_json: Path | None = None,
     page_score: str | None = None,
     model: str | None = None,
+    precision: Precision = "fp32",
 ) -> Evaluation:
     """Print how well queries find what answers them, beside chance and a blind baseline.
 
@@ -47,6 +48,7 @@ def evaluate_command(
         out_json: also write the numbers there.
         page_score: of an index: `best` (the default) or `union`.
         model: of an index: where the model that made it is now; None takes where it was then.
+        precision: of the model's arithmetic; `auto` is bf16 where the machine computes it natively.
 
     Raises:
         ColfolioError: the model, index or dataset cannot be read, or they do not fit together.
@@ -57,16 +59,15 @@ def evaluate_command(
         raise ColfolioError(
             f"{model_or_index}: page_score and model are options of an index, and this is none"
         )
-    if page_score is not None and page_score not in _PAGE_SCORES:
-        raise ColfolioError(f"page_score must be best or union, not {page_score!r}")
+    encoder = load_encoder(source, model) if is_index else _load_model(model_or_index)
+    searcher = Searcher(source, encoder, page_score or "best") if is_index else None
     questions = load_dataset(dataset, split)
     fitted = _fitted_line(dataset, split)
-    if is_index:
-        encoder = _load_model(model or read_manifest(source).model)
-        searcher = Searcher(source, encoder, _PAGE_SCORES[page_score or "best"])
-        scored = score_index(searcher, questions, fitted)
-    else:
-        scored = _score_model(_load_model(model_or_index), questions, fitted)
+    with autocast(precision, encoder.device):
+        if searcher is not None:
+            scored = score_index(searcher, questions, fitted)
+        else:
+            scored = _score_model(encoder, questions, fitted)
     evaluation = evaluate_scores(scored)
     _print_evaluation(evaluation)
     if out_json is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from colfolio.commands.console import console
@@ -21,25 +22,26 @@ from colfolio.search.store import size_on_disk
 
 def index_command(
     model: str,
-    documents: Path,
+    documents: str | Path,
     out: Path,
     *,
     views: str | None = None,
     split: str | None = None,
     dpi: float | None = None,
     dtype: str | None = None,
-    batch_tokens: int | None = None,
     store_pages: bool = True,
+    max_bad_share: float = 0.01,
     precision: Precision = "auto",
 ) -> Manifest:
     """Index all pages of a folder of documents, of one document, or of a dataset's corpus.
 
     Args:
         model: a checkpoint folder or hub id.
+        documents: a folder, a file, or the hub id of a dataset.
         out: the folder of the index; an index that is there is replaced.
         views: `page`, `strips` or `tiles`; None takes what the model was made for.
         split: of a dataset.
-        dpi, dtype, batch_tokens, store_pages: see `IndexSettings`; None takes its default.
+        dpi, dtype, store_pages, max_bad_share: see `IndexSettings`; None takes its default.
         precision: of the model's arithmetic; `auto` is bf16 where the machine computes it natively.
 
     Raises:
@@ -50,8 +52,8 @@ def index_command(
         "views": views or encoder.contract.views,
         "dpi": dpi,
         "dtype": dtype,
-        "batch_tokens": batch_tokens,
         "store_pages": store_pages,
+        "max_bad_share": max_bad_share,
     }
     known = {name: value for name, value in wishes.items() if value is not None}
     settings = validated(known, IndexSettings, "index")
@@ -93,9 +95,10 @@ def _progress_bar() -> Iterator[Callable[[BuildProgress], None]]:
 def _print_summary(manifest: Manifest, out: Path, seconds: float) -> None:
     megabytes = size_on_disk(out) / 1e6
     console().print(
-        f"[bold]{out}[/bold]: {manifest.num_pages:,} pages of {manifest.num_documents:,} documents "
-        f"as {manifest.num_views:,} views ({manifest.views}), {manifest.num_vectors:,} vectors of "
-        f"{manifest.dim} ({manifest.dtype}), {megabytes:,.1f} MB, {seconds:.1f} s, "
+        f"[bold]{escape(str(out))}[/bold]: {manifest.num_pages:,} pages of "
+        f"{manifest.num_documents:,} documents as {manifest.num_views:,} views "
+        f"({manifest.views}), {manifest.num_vectors:,} vectors of {manifest.dim} "
+        f"({manifest.dtype}), {megabytes:,.1f} MB, {seconds:.1f} s, "
         f"{manifest.num_pages / max(seconds, 1e-9):,.1f} pages/s"
     )
     if manifest.skipped:

@@ -45,7 +45,7 @@ def prepare_command(
         TextColumn("files"),
         TimeRemainingColumn(),
         TextColumn("left"),
-        TextColumn("{task.fields[document]}", style="dim"),
+        TextColumn("{task.fields[document]}", style="dim", markup=False),
     )
     with Progress(*columns, console=console(), transient=True) as progress:
         task = progress.add_task("", total=None, document="")
@@ -62,7 +62,7 @@ def _print_report(report: PrepareReport, out: Path) -> None:
         f"{report.documents:,} documents of {report.families:,} families, {report.pages:,} pages\n"
         f"{report.located:,} outline titles found on their pages, "
         f"{report.entries - report.located:,} dropped; {report.strips:,} strips of words\n"
-        f"removed from training, as they also stand in held-out documents: "
+        f"removed from a split, as they also stand in one behind it: "
         f"{report.exact_removed:,} equal images, {report.near_removed:,} nearly equal; "
         f"merged within a split: {report.merged:,}"
     )

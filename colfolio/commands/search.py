@@ -12,9 +12,7 @@ from rich.table import Table
 
 from colfolio.commands.console import console
 from colfolio.errors import ColfolioError
-from colfolio.search import Hit, PageScore, Searcher, hit_image, load_encoder
-
-_PAGE_SCORES: tuple[PageScore, ...] = ("best", "union")
+from colfolio.search import Hit, Searcher, hit_image, load_encoder
 
 
 def search_command(
@@ -41,8 +39,6 @@ def search_command(
         raise ColfolioError("the query is empty: name what to look for")
     if top_k < 1:
         raise ColfolioError(f"top_k must be at least 1, not {top_k}")
-    if page_score not in _PAGE_SCORES:
-        raise ColfolioError(f"page_score must be {' or '.join(_PAGE_SCORES)}, not {page_score!r}")
     searcher = Searcher(index, load_encoder(index, model), page_score)
     hits = searcher.search(query, top_k)
     folder = images_to or Path("hits")

@@ -125,7 +125,7 @@ class Corpus:
             DocumentError: the image, or the document that the row names, cannot be read.
         """
         source = self._source(row)
-        if isinstance(source, bytes) or source.suffix.lower() in IMAGE_SUFFIXES:
+        if isinstance(source, bytes) or _is_image(source):
             return load_image(source)
         with open_document(source) as document:
             return document.render(max(0, self.pages[row]), dpi=PAGE_DPI)
@@ -135,14 +135,23 @@ class Corpus:
         source = self._source(row)
         if isinstance(source, bytes):
             return _png_size(source) or _header_size(io.BytesIO(source)) or self._decoded_size(row)
-        if source.suffix.lower() in IMAGE_SUFFIXES:
+        if _is_image(source):
             return _header_size(source) or self._decoded_size(row)
         return self._decoded_size(row)
 
     def encoded(self, row: int) -> bytes:
-        """The image of a row as it is stored; the bytes of its file where a path is stored."""
+        """The image of a row as it is stored, in the table or in a file; of a page, a new PNG.
+
+        A row that names a page of a document is rendered for it.
+        """
         source = self._source(row)
-        return source if isinstance(source, bytes) else source.read_bytes()
+        if isinstance(source, bytes):
+            return source
+        if _is_image(source):
+            return source.read_bytes()
+        stream = io.BytesIO()
+        Image.fromarray(self.image(row)).save(stream, "PNG")
+        return stream.getvalue()
 
     def _decoded_size(self, row: int) -> tuple[int, int]:
         height, width = self.image(row).shape[:2]
@@ -167,7 +176,8 @@ class RetrievalDataset:
 
     Raises:
         DatasetError: an id occurs twice, a query has no positive, a judgement names an unknown id,
-            the corpus or the queries are empty, an image or document lies outside the dataset.
+            the corpus or the queries are empty, an image or document lies outside the dataset, an
+            image file is missing.
     """
 
     def __init__(self, tables: Tables, split: str) -> None:
@@ -311,6 +321,10 @@ def _qrels_of(table: pa.Table, queries: Sequence[Query]) -> dict[str, dict[str, 
     for query, document, score in zip(*columns, strict=True):
         qrels[query][document] = score
     return qrels
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _png_size(encoded: bytes) -> tuple[int, int] | None:

@@ -23,12 +23,7 @@ import pypdfium2.raw as pdfium
 from jaxtyping import UInt8
 from PIL import Image
 
-from colfolio.data.pages.images import (
-    IMAGE_SUFFIXES,
-    MAX_IMAGE_PIXELS,  # noqa: F401 (callers look for it beside open_document)
-    load_image,
-    num_images,
-)
+from colfolio.data.pages.images import IMAGE_SUFFIXES, load_image, num_images
 from colfolio.data.pages.text_layer import PageText, read_page_text
 from colfolio.errors import DocumentError
 

@@ -17,12 +17,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from colfolio.config import Settings
+from colfolio.data.pages.images import MAX_ASPECT
 from colfolio.errors import DocumentError
 
 # Per channel, of pixels in 0..1: OpenAI's CLIP, which Qwen2-VL keeps.
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-_LARGEST_ASPECT = 200
 
 # "_": clips of one call may differ in every size
 Frames = UInt8[np.ndarray, "_T _H _W 3"]
@@ -63,10 +63,10 @@ def target_size(height: int, width: int, budget: PixelBudget) -> tuple[int, int]
     Raises:
         DocumentError: the image has no area, or one side is over 200 times the other.
     """
-    if min(height, width) < 1 or max(height, width) > _LARGEST_ASPECT * min(height, width):
+    if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
         raise DocumentError(
             f"image of {height} x {width} pixels",
-            f"it has no area, or one side is over {_LARGEST_ASPECT} times the other; cut it first",
+            f"it has no area, or one side is over {MAX_ASPECT} times the other; cut it first",
         )
     factor = budget.factor
     rows, columns = round(height / factor), round(width / factor)

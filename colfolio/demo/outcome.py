@@ -35,6 +35,7 @@ from colfolio.evaluation import (
     fit_extent_line,
     outcomes,
     ranks,
+    relevance_of,
     score_index,
     score_model,
 )
@@ -247,10 +248,7 @@ def _spread(size: int, count: int) -> list[int]:
 
 def _chance_ndcg(dataset: RetrievalDataset) -> float:
     """nDCG@5 that a random order of the dataset's candidates has."""
-    column_of = {id_: column for column, id_ in enumerate(dataset.corpus.ids)}
-    relevance = torch.zeros(len(dataset.queries), len(column_of), dtype=torch.bool)
-    for row, query in enumerate(dataset.queries):
-        relevance[row, [column_of[id_] for id_ in dataset.qrels[query.id]]] = True
+    relevance = relevance_of(dataset)
     return float(chance(ranks(torch.zeros(relevance.shape), relevance), "ndcg@5").mean())
 
 

@@ -3,9 +3,8 @@
 from colfolio.evaluation.baseline import ExtentLine, fit_extent_line
 from colfolio.evaluation.benchmark import (
     Encoder,
-    evaluate_index,
-    evaluate_model,
     quick_metrics,
+    relevance_of,
     score_index,
     score_model,
 )
@@ -38,8 +37,6 @@ __all__ = [
     "Scored",
     "bootstrap_interval",
     "chance",
-    "evaluate_index",
-    "evaluate_model",
     "evaluate_scores",
     "fit_extent_line",
     "mean_metrics",
@@ -47,6 +44,7 @@ __all__ = [
     "per_query",
     "quick_metrics",
     "ranks",
+    "relevance_of",
     "score_index",
     "score_model",
 ]

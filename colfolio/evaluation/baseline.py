@@ -2,7 +2,7 @@
 
 It knows the length of a query's text and the extent of an image, and nothing of what either says.
 On strips the extent is the width of the ink at strip height. On other images (whole pages) a width
-says nothing; there it is the size of the stored image, which grows with what is on the page, and
+says nothing; there it is the size of the encoded image, which grows with what is on the page, and
 the baseline is close to chance. A model that does not beat it has not learned to read.
 """
 
@@ -56,7 +56,7 @@ def extent_of(corpus: Corpus, rows: Iterable[int] | None = None) -> Extent:
 def image_extents(
     corpus: Corpus, extent: Extent, rows: Iterable[int] | None = None
 ) -> Float64[np.ndarray, " rows"]:
-    """The extent of each image of a corpus, or of some rows: pixels of ink, or bytes as stored."""
+    """The extent of each image of a corpus, or of some rows: pixels of ink, or encoded bytes."""
     chosen = range(len(corpus)) if rows is None else rows
     if extent == "ink width":
         measured = [ink_width(corpus.image(row)) for row in chosen]

@@ -1,7 +1,7 @@
 """A model, or an index of whole pages, against a dataset.
 
-Scores come first (`score_model`, `score_index`), then what is said about them (`evaluate_scores`),
-so that the same scores also yield the hits and misses of a report (`outcomes`).
+Scores come first (`score_model`, `score_index`), then what is said about them (`results`), so that
+the same scores also yield the hits and misses of a report.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from colfolio.data.dataset import Corpus, RetrievalDataset
 from colfolio.errors import DatasetError
 from colfolio.evaluation.baseline import ExtentLine, dataset_baseline
 from colfolio.evaluation.metrics import METRICS, mean_metrics
-from colfolio.evaluation.results import Evaluation, Scored, evaluate_scores
+from colfolio.evaluation.results import Scored
 from colfolio.maxsim import maxsim
 
 _PIXELS_AT_ONCE = 1 << 25  # 100 MB of decoded images
@@ -53,25 +53,11 @@ class PageScorer(Protocol):
         ...
 
 
-def evaluate_model(
-    encoder: Encoder, dataset: RetrievalDataset, fitted: ExtentLine | None = None
-) -> Evaluation:
-    """Every query of a split against every image of its corpus; see `score_model`."""
-    return evaluate_scores(score_model(encoder, dataset, fitted))
-
-
 def quick_metrics(
     encoder: Encoder, dataset: RetrievalDataset, names: Sequence[str] = METRICS
 ) -> dict[str, float]:
     """The metrics of a model alone, without intervals and baseline: for use during training."""
-    return mean_metrics(_model_scores(encoder, dataset), _relevance(dataset), names)
-
-
-def evaluate_index(
-    searcher: PageScorer, dataset: RetrievalDataset, fitted: ExtentLine | None = None
-) -> Evaluation:
-    """Every query of a split against every page of its corpus, by an index; see `score_index`."""
-    return evaluate_scores(score_index(searcher, dataset, fitted))
+    return mean_metrics(_model_scores(encoder, dataset), relevance_of(dataset), names)
 
 
 def score_model(
@@ -126,6 +112,16 @@ def score_index(
     return _scored(scores[:, [column_of[page] for page in wanted]], dataset, fitted)
 
 
+def relevance_of(dataset: RetrievalDataset) -> Int[Tensor, "queries documents"]:
+    """The gain of every image for every query; 0 where it was not judged."""
+    column_of = {id_: column for column, id_ in enumerate(dataset.corpus.ids)}
+    relevance = torch.zeros(len(dataset.queries), len(column_of), dtype=torch.int16)
+    for row, query in enumerate(dataset.queries):
+        for corpus_id, gain in dataset.qrels[query.id].items():
+            relevance[row, column_of[corpus_id]] = gain
+    return relevance
+
+
 def _model_scores(
     encoder: Encoder,
     dataset: RetrievalDataset,
@@ -157,21 +153,12 @@ def _scored(scores: Tensor, dataset: RetrievalDataset, fitted: ExtentLine | None
     baseline, extent = dataset_baseline(dataset, fitted)
     return Scored(
         scores=scores,
-        relevance=_relevance(dataset),
+        relevance=relevance_of(dataset),
         baseline=baseline,
         unseen=_unseen(dataset),
         dataset=f"{dataset.name}, {dataset.split}",
         extent=extent,
     )
-
-
-def _relevance(dataset: RetrievalDataset) -> Int[Tensor, "queries documents"]:
-    column_of = {id_: column for column, id_ in enumerate(dataset.corpus.ids)}
-    relevance = torch.zeros(len(dataset.queries), len(column_of), dtype=torch.int16)
-    for row, query in enumerate(dataset.queries):
-        for corpus_id, gain in dataset.qrels[query.id].items():
-            relevance[row, column_of[corpus_id]] = gain
-    return relevance
 
 
 def _unseen(dataset: RetrievalDataset) -> Bool[Tensor, " queries"] | None:

@@ -2,7 +2,7 @@
 
 from colfolio.search.heatmap import heat_map, hit_image
 from colfolio.search.index import Encoder, IndexSettings, Progress, build_index
-from colfolio.search.searcher import Hit, PageScore, Searcher, load_encoder
+from colfolio.search.searcher import Hit, Searcher, load_encoder
 from colfolio.search.sources import SourcePage, corpus_pages
 from colfolio.search.store import VectorStore
 
@@ -10,7 +10,6 @@ __all__ = [
     "Encoder",
     "Hit",
     "IndexSettings",
-    "PageScore",
     "Progress",
     "Searcher",
     "SourcePage",

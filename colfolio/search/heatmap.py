@@ -11,9 +11,9 @@ from PIL import Image, ImageChops, ImageDraw
 from torch import Tensor
 
 from colfolio.data.documents import load_image, open_document
-from colfolio.data.pages.views import NATURAL
+from colfolio.data.pages.ink import BoxF
 from colfolio.errors import DocumentError, IndexStoreError
-from colfolio.search.layout import BoxF, PageRecord
+from colfolio.search.layout import PageRecord
 from colfolio.search.searcher import Hit, Searcher
 
 _SHOWN_DPI = 110.0
@@ -48,11 +48,8 @@ def hit_image(searcher: Searcher, hit: Hit, query: str) -> UInt8[np.ndarray, "he
     record = searcher.store.page(hit.page_id)
     page = page_image(record)
     heat = heat_map(searcher, hit, query)
-    region = hit.box
-    if searcher.store.manifest.views == "strips":
-        height, width = searcher.views.sizes[hit.view_id].tolist()
-        region = strip_region(hit.box, record.size, (height, width))
-    return _draw(page, heat, region, hit.box)
+    left, top, right, bottom = searcher.views.regions[hit.view_id].tolist()
+    return _draw(page, heat, (left, top, right, bottom), hit.box)
 
 
 def page_image(record: PageRecord) -> UInt8[np.ndarray, "height width 3"]:
@@ -73,19 +70,6 @@ def page_image(record: PageRecord) -> UInt8[np.ndarray, "height width 3"]:
             "the index keeps no pages; build it again, with store_pages to keep them"
         )
     return load_image(record.preview)
-
-
-def strip_region(box: BoxF, page_size: tuple[int, int], strip_size: tuple[int, int]) -> BoxF:
-    """The part of the page that the whole image of a strip covers: its ink's box, and the margin.
-
-    `strip_image` scales the ink and lays it `NATURAL.left` from the left, filled up on the right.
-    """
-    height, width = page_size
-    ink_width, ink_height = (box[2] - box[0]) * width, (box[3] - box[1]) * height
-    scale = min(NATURAL.ink_height / ink_height, NATURAL.ink_width / ink_width)
-    above = NATURAL.top + (NATURAL.ink_height - ink_height * scale) / 2
-    left, top = box[0] - NATURAL.left / scale / width, box[1] - above / scale / height
-    return left, top, left + strip_size[1] / scale / width, top + strip_size[0] / scale / height
 
 
 def _is_unchanged(record: PageRecord) -> bool:

@@ -6,6 +6,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +18,8 @@ from pydantic import Field
 from colfolio.batch import MultiVectors
 from colfolio.config import Settings
 from colfolio.data.dataset import load_dataset, splits_of
+from colfolio.data.pages.images import IMAGE_SUFFIXES
+from colfolio.data.pages.ink import BoxF, ink_mask, tight_box, to_grey
 from colfolio.data.pages.views import View, page_views
 from colfolio.errors import ColfolioError
 from colfolio.search.layout import Manifest, PageRecord, VectorType, ViewKind, ViewRecord
@@ -111,7 +114,7 @@ class Progress:
 
 def build_index(
     encoder: Encoder,
-    pages: Path | Iterable[SourcePage],
+    pages: str | Path | Iterable[SourcePage],
     out: Path,
     settings: IndexSettings,
     *,
@@ -122,20 +125,22 @@ def build_index(
     """Encode all views of all pages and write them as the index at `out`, whole or not at all.
 
     Args:
-        pages: a folder of PDFs and images, one such file, the folder of a dataset, or pages.
+        pages: a folder of PDFs and images, one such file, a dataset (a folder, file or hub id that
+            `load_dataset` reads), or pages.
         out: the folder of the index; an index that is there is replaced once the new one is whole.
         model: where the encoder came from, so that a search can load it again.
         split: of a dataset; may be left out where it has only one.
 
     Raises:
         DocumentError: no document, or too many that cannot be read.
+        DatasetError: there is nothing of that name, or the dataset's parts do not fit together.
         IndexStoreError: the index cannot be written there.
     """
-    source = _open_source(pages, split, settings) if isinstance(pages, Path) else pages
+    source = _open_source(pages, split, settings) if isinstance(pages, str | Path) else pages
     with create_store(out, encoder.dim, settings.dtype) as store:
         cut = (_cut(page, settings) for page in source)
         for window in _windows(ahead(cut, _PAGES_AHEAD)):
-            _write_window(encoder, window, store, settings.batch_tokens)
+            _write_window(encoder, window, store, settings)
             if on_progress:
                 done = window[-1].done
                 on_progress(Progress(done, store.num_pages, store.num_views))
@@ -149,15 +154,19 @@ def build_index(
         )
 
 
-def _open_source(path: Path, split: str | None, settings: IndexSettings) -> Iterable[SourcePage]:
-    if not (path / "corpus").is_dir():
+def _open_source(
+    source: str | Path, split: str | None, settings: IndexSettings
+) -> Iterable[SourcePage]:
+    path = Path(source)
+    is_document = path.is_file() and path.suffix.lower() in {".pdf", *IMAGE_SUFFIXES}
+    splits = [] if is_document else splits_of(source)
+    if not splits:
         if split is not None:
-            raise ColfolioError(f"{path}: holds no dataset, so it has no split {split!r}")
+            raise ColfolioError(f"{source}: holds no dataset, so it has no split {split!r}")
         return FolderPages(path, settings.dpi, settings.max_bad_share)
-    splits = splits_of(path)
     if split is None and len(splits) > 1:
-        raise ColfolioError(f"{path}: holds the splits {', '.join(splits)}; name one of them")
-    return corpus_pages(load_dataset(path, split or splits[0]).corpus)
+        raise ColfolioError(f"{source}: holds the splits {', '.join(splits)}; name one of them")
+    return corpus_pages(load_dataset(source, split or splits[0]).corpus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,16 +215,34 @@ def _windows(pages: Iterable[_CutPage]) -> Iterator[list[_CutPage]]:
 
 
 def _write_window(
-    encoder: Encoder, window: Sequence[_CutPage], store: StoreWriter, batch_tokens: int
+    encoder: Encoder, window: Sequence[_CutPage], store: StoreWriter, settings: IndexSettings
 ) -> None:
+    region_of = strip_region if settings.views == "strips" else attrgetter("box")
     views = [view for page in window for view in page.views]
     records = [
-        ViewRecord(store.num_pages + row, number, view.box, _size(view.image))
+        ViewRecord(store.num_pages + row, number, view.box, region_of(view), _size(view.image))
         for row, page in enumerate(window)
         for number, view in enumerate(page.views)
     ]
-    vectors = encode_views(encoder, [view.image for view in views], batch_tokens)
+    vectors = encode_views(encoder, [view.image for view in views], settings.batch_tokens)
     store.add([page.record for page in window], records, vectors)
+
+
+def strip_region(strip: View) -> BoxF:
+    """The part of the page that the whole image of a strip covers: its ink's box, and the margin.
+
+    The scale is that of the strip's ink to its box, as the box on a crooked page is taller than the
+    line that was scaled.
+    """
+    ink = tight_box(ink_mask(to_grey(strip.image), paper=255))
+    if ink is None:
+        return strip.box
+    height, width = _size(strip.image)
+    left, top, right, bottom = strip.box
+    across = (right - left) / (ink[2] - ink[0])  # of the page's width, a pixel of the strip
+    down = (bottom - top) / (ink[3] - ink[1])
+    left, top = left - ink[0] * across, top - ink[1] * down
+    return left, top, left + width * across, top + height * down
 
 
 def encode_views(

@@ -17,14 +17,14 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from colfolio.config import Settings
+from colfolio.data.pages.ink import BoxF
 from colfolio.errors import IndexStoreError
 
 MANIFEST = "colfolio-index.json"
-FORMAT = 1
+FORMAT = 2
 
 VectorType = Literal["float16", "float32"]
 ViewKind = Literal["page", "strips", "tiles"]
-BoxF = tuple[float, float, float, float]
 
 PAGES_SCHEMA = pa.schema(
     [
@@ -53,6 +53,7 @@ def views_schema(dim: int, dtype: VectorType) -> pa.Schema:
             ("view", pa.int32()),
             ("page_id", pa.int64()),
             ("box", pa.list_(pa.float32(), 4)),
+            ("region", pa.list_(pa.float32(), 4)),
             ("height", pa.int32()),
             ("width", pa.int32()),
             ("length", pa.int32()),
@@ -108,11 +109,19 @@ class PageRecord:
 
 @dataclass(frozen=True, slots=True)
 class ViewRecord:
-    """A view in the index: which page (by its row), its number there, its box, its pixel size."""
+    """A view in the index.
+
+    Args:
+        page_id: the row of its page; view: its number there.
+        box: the part of the page that it shows.
+        region: the part of the page that its image covers: of a strip, the box and white margins.
+        size: height and width of its image in pixels.
+    """
 
     page_id: int
     view: int
     box: BoxF
+    region: BoxF
     size: tuple[int, int]
 
 

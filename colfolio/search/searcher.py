@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,14 +17,15 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from colfolio.batch import MultiVectors, offsets_of
+from colfolio.data.pages.ink import BoxF
 from colfolio.errors import CheckpointError, ColfolioError, IndexStoreError
 from colfolio.maxsim import maxsim
 from colfolio.models.retriever import Retriever
 from colfolio.search.index import Encoder
-from colfolio.search.layout import BoxF, read_manifest
+from colfolio.search.layout import read_manifest
 from colfolio.search.store import VectorStore
 
-PageScore = Literal["best", "union"]
+_PAGE_SCORES = ("best", "union")
 
 # Vectors of one call of maxsim, and query vectors times rows of one call: 32 MB of float32 each.
 _CHUNK_VECTORS = 1 << 16
@@ -61,12 +61,16 @@ class Searcher:
             of all its views (`union`).
 
     Raises:
+        ColfolioError: another page_score.
         IndexStoreError: the index is missing, damaged, or was made by another model.
     """
 
     def __init__(
-        self, index: Path, encoder: Encoder | None = None, page_score: PageScore = "best"
+        self, index: Path, encoder: Encoder | None = None, page_score: str = "best"
     ) -> None:
+        if page_score not in _PAGE_SCORES:
+            accepted = " or ".join(_PAGE_SCORES)
+            raise ColfolioError(f"page_score must be {accepted}, not {page_score!r}")
         self.store = VectorStore(index)
         self.encoder: Encoder = load_encoder(index) if encoder is None else encoder
         self.store.check_encoder(self.encoder.dim, self.encoder.fingerprint(), "this model")
@@ -196,7 +200,7 @@ class _Rows:
             first = last
 
 
-def _load_rows(store: VectorStore, page_score: PageScore) -> _Rows:
+def _load_rows(store: VectorStore, page_score: str) -> _Rows:
     """Rows are views sorted by length (equal lengths score in one call), or whole pages."""
     views = store.views()
     lengths = views.lengths

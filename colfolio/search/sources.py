@@ -44,7 +44,7 @@ class FolderPages:
     """The pages of all PDFs and images below a folder, or of one file, rendered one by one.
 
     Documents and pages that cannot be read are left out and listed in `skipped`, an entry a
-    document, with the reason.
+    document, with the reason. A document of which some pages can be read is no unreadable one.
 
     Args:
         dpi: at which pages of PDFs are rendered.
@@ -59,6 +59,7 @@ class FolderPages:
     dpi: float
     max_bad_share: float = 0.01
     skipped: list[str] = field(default_factory=list)
+    _unreadable: list[str] = field(default_factory=list, init=False)
 
     def __iter__(self) -> Iterator[SourcePage]:
         paths = find_documents(self.root)
@@ -68,7 +69,8 @@ class FolderPages:
                     yield from self._pages(document, number, len(paths))
             except DocumentError as error:
                 self.skipped.append(str(error))
-                self._check_skipped(len(paths))
+                self._unreadable.append(str(error))
+                self._check_unreadable(len(paths))
 
     def _pages(self, document: Document, number: int, documents: int) -> Iterator[SourcePage]:
         name = self.name(document.path)
@@ -81,21 +83,26 @@ class FolderPages:
                 continue
             done = (number + (page + 1) / document.num_pages) / documents
             yield SourcePage(name, page, image, document.path.absolute(), self.dpi, done)
-        if faults:
-            reason = f"{len(faults)} of {document.num_pages} pages are left out: {faults[0]}"
+        if not faults:
+            return
+        if len(faults) == document.num_pages:
+            reason = f"none of its {len(faults)} pages can be read: {faults[0]}"
             raise DocumentError(document.path, reason)
+        left_out = f"{len(faults)} of {document.num_pages} pages are left out: {faults[0]}"
+        self.skipped.append(f"{document.path}: {left_out}")
 
     def name(self, path: Path) -> str:
         """What a document is called in the index: its path below the root."""
         return path.name if path == self.root else path.relative_to(self.root).as_posix()
 
-    def _check_skipped(self, documents: int) -> None:
-        if len(self.skipped) > self.max_bad_share * documents:
+    def _check_unreadable(self, documents: int) -> None:
+        if len(self._unreadable) > self.max_bad_share * documents:
             raise DocumentError(
                 self.root,
-                f"{len(self.skipped)} of {documents} documents cannot be read so far, more than "
-                f"{self.max_bad_share:.0%} of all; repair or remove them, or raise max_bad_share:"
-                + "".join(f"\n  {reason}" for reason in self.skipped[:_NAMED]),
+                f"{len(self._unreadable)} of {documents} documents cannot be read so far, more "
+                f"than {100 * self.max_bad_share:g}% of all; repair or remove them, or raise "
+                "max_bad_share (--max-bad-share):"
+                + "".join(f"\n  {reason}" for reason in self._unreadable[:_NAMED]),
             )
 
 

@@ -28,6 +28,7 @@ class ViewTable:
     page_ids: Int64[Tensor, " views"]
     numbers: Int64[Tensor, " views"]
     boxes: Float[Tensor, "views 4"]
+    regions: Float[Tensor, "views 4"]
     sizes: Int64[Tensor, "views 2"]
     lengths: Int64[Tensor, " views"]
 
@@ -68,13 +69,13 @@ class VectorStore:
 
     def views(self) -> ViewTable:
         """All views, without their vectors."""
-        names = ["id", "page_id", "view", "box", "height", "width", "length"]
+        names = ["id", "page_id", "view", "box", "region", "height", "width", "length"]
         columns = self._columns(self._views, names)
-        boxes = columns["box"].combine_chunks().flatten().to_numpy()
         table = ViewTable(
             page_ids=_tensor(columns["page_id"]),
             numbers=_tensor(columns["view"]),
-            boxes=torch.from_numpy(boxes.copy()).view(-1, 4),
+            boxes=_boxes(columns["box"]),
+            regions=_boxes(columns["region"]),
             sizes=torch.stack([_tensor(columns["height"]), _tensor(columns["width"])], dim=1),
             lengths=_tensor(columns["length"]),
         )
@@ -136,6 +137,10 @@ class VectorStore:
 def size_on_disk(folder: Path) -> int:
     """Bytes of all files of the index."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _boxes(column: pa.ChunkedArray) -> Float[Tensor, "rows 4"]:
+    return torch.from_numpy(column.combine_chunks().flatten().to_numpy().copy()).view(-1, 4)
 
 
 def _tensor(column: pa.ChunkedArray) -> Int64[Tensor, " rows"]:

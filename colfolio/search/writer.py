@@ -84,15 +84,16 @@ class StoreWriter:
             vectors: one row a view, or None where there is no view.
 
         Raises:
-            ValueError: the vectors have another dimension, or are not finite in the stored type.
-            IndexStoreError: the index cannot be written (a full disk).
+            ValueError: the vectors have another dimension.
+            IndexStoreError: vectors are not finite in the stored type, or the index cannot be
+                written (a full disk).
         """
         if pages:
             self._page_parts.append(_page_batch(pages, self.num_pages))
         if views:
             assert vectors is not None
             assert len(views) == len(vectors)
-            flat = self._stored(vectors)
+            flat = self._stored(pages, views, vectors)
             self._view_parts.append(self._view_batch(pages, views, vectors, flat))
             self._checksum = zlib.crc32(flat.data, self._checksum)
             self.num_views += len(views)
@@ -133,13 +134,21 @@ class StoreWriter:
                 self._views.add(pa.Table.from_batches(self._view_parts))
         self._page_parts, self._view_parts = [], []
 
-    def _stored(self, vectors: MultiVectors) -> np.ndarray:
+    def _stored(
+        self, pages: Sequence[PageRecord], views: Sequence[ViewRecord], vectors: MultiVectors
+    ) -> np.ndarray:
         """The vectors as they are stored, `[vectors, dim]`."""
         if vectors.vectors.shape[1] != self._dim:
             raise ValueError(f"vectors of {vectors.vectors.shape[1]} dimensions, not {self._dim}")
         stored = vectors.vectors.detach().cpu().to(getattr(torch, self._dtype))
-        if not torch.isfinite(stored).all():
-            raise ValueError(f"vectors must be finite numbers within the range of {self._dtype}")
+        faults = (~torch.isfinite(stored).all(dim=1)).nonzero()  # [faults, 1]
+        if len(faults):
+            view = views[int(torch.searchsorted(vectors.offsets, faults[0], right=True)) - 1]
+            page = pages[view.page_id - self.num_pages]
+            raise IndexStoreError(
+                f"{page.document}, page {page.page + 1}, view {view.view + 1}: its vectors must be "
+                f"finite numbers within the range of {self._dtype}; check the model's weights"
+            )
         return np.ascontiguousarray(stored.numpy())
 
     def _view_batch(
@@ -157,6 +166,7 @@ class StoreWriter:
             [view.view for view in views],
             [view.page_id for view in views],
             [view.box for view in views],
+            [view.region for view in views],
             [view.size[0] for view in views],
             [view.size[1] for view in views],
             vectors.lengths.numpy(),

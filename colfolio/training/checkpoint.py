@@ -125,7 +125,7 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def _check_same(path: Path, saved: TrainSettings, settings: TrainSettings) -> None:
     before, now = saved.model_dump(), settings.model_dump()
-    left_open = {("precision", "auto"), ("threads", None)}
+    left_open = [("precision", "auto"), ("threads", None)]
     changed = [
         f"{key}: {before[key]} then, {now[key]} now"
         for key in before

@@ -11,7 +11,15 @@ from colfolio.errors import ColfolioError
 # Scripts of users depend on these: add with thought, change nothing.
 COMMANDS = {
     "demo": {"--out", "--seed", "--steps"},
-    "evaluate": {"model", "dataset", "--split", "--json", "--page-score", "--model"},
+    "evaluate": {
+        "model",
+        "dataset",
+        "--split",
+        "--json",
+        "--page-score",
+        "--model",
+        "--precision",
+    },
     "index": {
         "model",
         "documents",
@@ -20,6 +28,8 @@ COMMANDS = {
         "--split",
         "--dpi",
         "--dtype",
+        "--store-pages",
+        "--max-bad-share",
         "--precision",
     },
     "init": {"base", "--out", "--dim", "--seed", "--dataset", "--revision"},

@@ -26,7 +26,8 @@ def check_tables(tables: Tables, where: str) -> None:
 
     Raises:
         DatasetError: a table is empty, a value is missing, an id occurs twice or is unknown, a
-            query has no positive, an image or a document lies outside the dataset folder.
+            query has no positive, an image or a document lies outside the dataset folder, an image
+            file is missing.
     """
     _check_unique(tables.corpus, "corpus-id", f"{where}: the corpus")
     _check_unique(tables.queries, "query-id", f"{where}: the queries")
@@ -83,7 +84,8 @@ def _check_places(tables: Tables, where: str) -> None:
         raise DatasetError(
             f"{where}: corpus rows {_named(absent.to_pylist())} have neither image bytes nor a path"
         )
-    named = paths.filter(is_path).unique().to_pylist()
+    files = paths.filter(is_path).unique().to_pylist()
+    named = list(files)
     if "doc-id" in tables.corpus.column_names:
         named += tables.corpus.column("doc-id").drop_null().unique().to_pylist()
     outside = [name for name in named if is_outside(name)]
@@ -91,6 +93,12 @@ def _check_places(tables: Tables, where: str) -> None:
         raise DatasetError(
             f"{where}: {_named(outside)} lies outside the dataset folder; name images and "
             "documents by paths inside it, without '..' and not absolute"
+        )
+    missing = [name for name in files if not (tables.root / name).is_file()]
+    if missing:
+        raise DatasetError(
+            f"{where}: the corpus names {_named(missing)}, but these are not files below "
+            f"{tables.root}; put them there, or store the images in the table"
         )
 
 

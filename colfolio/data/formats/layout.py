@@ -123,9 +123,17 @@ def read_split(folder: Path, split: str, name: str) -> Tables:
             found = ", ".join(ordered(files[config])) or "none"
             raise DatasetError(
                 f"{name}: there is no split {split!r} of {config!r}; splits found: {found}"
+                + hint_of(split)
             )
     tables = [_read_table(files[config][split], config) for config in CONFIGS]
     return Tables(*tables, root=folder, name=name)
+
+
+def hint_of(split: str) -> str:
+    """What to do about a split that is missing, as the end of an error; often nothing."""
+    if split != "validation":
+        return ""
+    return "; set validation.split=null in the recipe to train without one"
 
 
 def read_readme(path: Path) -> tuple[dict[str, Any], str]:

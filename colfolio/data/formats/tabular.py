@@ -22,7 +22,7 @@ import pyarrow as pa
 from colfolio.data.documents import open_document
 from colfolio.data.formats import layout
 from colfolio.data.pages.images import IMAGE_SUFFIXES
-from colfolio.data.preparing.query_text import query_id
+from colfolio.data.query_text import query_id
 from colfolio.errors import DatasetError, DocumentError
 
 DEFAULT_SPLIT = "train"
@@ -70,7 +70,7 @@ def read_file(file: Path, split: str) -> layout.Tables:
         raise DatasetError(
             f"{file}: there is no split {split!r}; splits found: {found}. A column 'split' names "
             "the split of each row; without it the file is one split: that of its name "
-            f"(test.csv), else {DEFAULT_SPLIT!r}"
+            f"(test.csv), else {DEFAULT_SPLIT!r}" + layout.hint_of(split)
         )
     for line in chosen:
         try:

@@ -15,6 +15,7 @@ from colfolio.errors import DocumentError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
 MAX_IMAGE_PIXELS = 100_000_000
+MAX_ASPECT = 200
 
 
 def load_image(
@@ -28,7 +29,8 @@ def load_image(
         page: which image of a file that holds several.
 
     Raises:
-        DocumentError: unreadable, damaged, or more than `MAX_IMAGE_PIXELS`.
+        DocumentError: missing, unreadable, damaged, more than `MAX_IMAGE_PIXELS`, or one side over
+            `MAX_ASPECT` times the other.
     """
     name = source if isinstance(source, Path) else "image"
     with _image_errors(name), _opened(source) as opened:
@@ -63,6 +65,12 @@ def _check_size(image: Image.Image, name: object) -> None:
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
         raise DocumentError(name, _too_large(f"{width} x {height}"))
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise DocumentError(
+            name,
+            f"has {width} x {height} pixels, one side over {MAX_ASPECT} times the other; "
+            "cut it into pieces",
+        )
 
 
 def _too_large(size: str) -> str:
@@ -77,6 +85,8 @@ def _image_errors(name: object) -> Iterator[None]:
         raise DocumentError(name, _too_large(f"far more than {MAX_IMAGE_PIXELS:,}")) from None
     except UnidentifiedImageError:
         raise DocumentError(name, "is not an image that can be read") from None
+    except FileNotFoundError:
+        raise DocumentError(name, "does not exist") from None
     except DocumentError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError) as error:

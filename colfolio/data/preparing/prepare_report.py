@@ -27,8 +27,9 @@ class PrepareReport:
         entries: outline entries of the documents.
         located: entries found on their page; `entries - located` were dropped.
         strips: strips of words cut.
-        exact_removed: training images equal to a held-out one.
-        near_removed: training images nearly equal to a held-out one.
+        exact_removed: training images equal to one of validation or test, and validation images
+            equal to one of test.
+        near_removed: likewise, nearly equal.
         merged: images equal to another of their split, made one row with it.
         skipped: files that could not be read, with the reason.
         splits: what each split holds.

@@ -40,19 +40,22 @@ class PrepareSettings(Settings):
     """How documents become a dataset.
 
     Args:
-        view: "strip": crops of headings, and in the training split strips of words; "page": whole
-            pages, and the outline titles that stand on them.
+        view: "page": whole pages, and the outline titles that stand on them; "strip": crops of
+            headings, and in the training split strips of words.
         strips: how strips are cut.
         page_dpi: resolution of whole pages.
         page_format: how whole pages are stored.
-        splits: the splits to write; leaving one out never moves a family to another.
+        splits: the splits to write; leaving one out never moves a family to another. Training
+            images are always compared with all held-out ones, validation images with those of test
+            only where both splits are written: a held-out split prepared alone may share images
+            with the other.
         shares: sizes of the splits.
         split_seed: another seed puts families into other splits.
         max_bad_share: more unreadable files than this part of all is an error.
         processes: at most this many work at once; None is one a core.
     """
 
-    view: Literal["strip", "page"] = "strip"
+    view: Literal["strip", "page"] = "page"
     strips: StripSettings = Field(default_factory=StripSettings)
     page_dpi: float = Field(default=144.0, ge=36, le=600)
     page_format: Literal["png", "jpeg"] = "png"

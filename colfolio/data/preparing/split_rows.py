@@ -12,8 +12,8 @@ from jaxtyping import Bool
 
 from colfolio.data.dataset import Query
 from colfolio.data.preparing.deduplicate import Hashes, near_duplicates
-from colfolio.data.preparing.query_text import query_id, text_key
 from colfolio.data.preparing.shards import iterate_rows, no_rows, read_rows
+from colfolio.data.query_text import query_id, text_key
 
 _DESCRIBING = ["suffix", "texts", "kind", "digest", "hash", "length"]
 _KIND_OF_QUERY = {"heading": "heading", "page": "heading", "words": "words"}
@@ -76,28 +76,28 @@ def read_split_rows(shards: Mapping[str, Path]) -> SplitRows:
 
 
 def remove_leaks(
-    training: SplitRows, held_out: Sequence[SplitRows], copies: Set[str] = frozenset()
+    rows: SplitRows, held_out: Sequence[SplitRows], copies: Set[str] = frozenset()
 ) -> tuple[int, int]:
-    """Drop training rows that equal a held-out row, or nearly so; the counts of both.
+    """Drop rows of a split that equal a held-out row, or nearly so; the counts of both.
 
     Args:
-        training: its `is_kept` is changed.
-        held_out: the other splits.
-        copies: training documents with the bytes of a held-out one; all their rows are dropped.
+        rows: its `is_kept` is changed.
+        held_out: the splits that keep such a row.
+        copies: documents with the bytes of a held-out one; all their rows are dropped.
     """
-    known = {digest for rows in held_out for digest in rows.digests}
+    known = {digest for others in held_out for digest in others.digests}
     is_exact = np.array(
         [
             digest in known or id_.rpartition("#")[0] in copies
-            for id_, digest in zip(training.ids, training.digests, strict=True)
+            for id_, digest in zip(rows.ids, rows.digests, strict=True)
         ],
         dtype=bool,
     )
-    most = _MAX_SHARE["page" if "page" in training.kinds else "strip"]
-    is_near = np.zeros(len(training.ids), dtype=bool)
-    for rows in held_out:
-        is_near |= near_duplicates(training.hashes, rows.hashes, most)
-    training.is_kept &= ~(is_exact | is_near)
+    most = _MAX_SHARE["page" if "page" in rows.kinds else "strip"]
+    is_near = np.zeros(len(rows.ids), dtype=bool)
+    for others in held_out:
+        is_near |= near_duplicates(rows.hashes, others.hashes, most)
+    rows.is_kept &= ~(is_exact | is_near)
     return int(is_exact.sum()), int((is_near & ~is_exact).sum())
 
 

@@ -7,7 +7,7 @@ import torch
 from colfolio.data.contrastive import BatchSettings, BatchSource
 from colfolio.data.dataset import CorpusRow, Query, load_dataset, write_split
 from colfolio.data.sampler import SamplerPosition
-from colfolio.errors import ColfolioError
+from colfolio.errors import ColfolioError, DatasetError, DocumentError
 
 START = SamplerPosition()
 
@@ -130,6 +130,128 @@ def test_pages_of_unknown_number_are_not_the_same_page(tmp_path, first_batch, en
     assert all(sorted(row.values()) == ["+", "-", "-"] for row in marks.values())
 
 
+def test_a_judged_negative_comes_along_and_is_a_negative_even_on_the_page_of_the_positive(
+    write, first_batch
+):
+    corpus = {"a": ("one", 0), "n": ("one", 0), "d": ("one", 0), "b": ("two", 0)}
+    dataset = write(corpus, {"x": {"a": 1, "n": 0}, "xy": {"b": 1}, "xyz": {"d": 1}})
+    marks = first_batch(dataset, rows=3)
+    assert marks["x"] == {"a": "+", "n": "-", "d": "ignored", "b": "-"}
+    assert marks["xy"] == {"a": "-", "n": "-", "d": "-", "b": "+"}
+    assert marks["xyz"] == {"a": "ignored", "n": "ignored", "d": "+", "b": "-"}
+
+
+def test_the_positive_of_another_query_is_not_ignored_where_it_is_a_judged_negative(
+    write, first_batch
+):
+    corpus = {"a": ("one", 0), "b": ("one", 0)}
+    marks = first_batch(write(corpus, {"x": {"a": 1, "b": 0}, "xy": {"b": 1}}), rows=2)
+    assert marks == {"x": {"a": "+", "b": "-"}, "xy": {"a": "ignored", "b": "+"}}
+
+
+def test_what_answers_a_query_of_equal_text_is_no_judged_negative(write, first_batch):
+    corpus = {"a": ("one", 0), "b": ("two", 0), "c": ("three", 0)}
+    dataset = write(corpus, {"x": {"a": 1, "b": 0}, "x'": {"b": 1}, "xy": {"c": 1}})
+    assert first_batch(dataset, rows=3)["x"] == {"a": "+", "b": "+", "c": "-"}
+
+
+def test_one_of_the_judged_negatives_is_drawn_for_a_batch_and_each_has_its_turn(
+    write, shared_retriever
+):
+    corpus = {name: (name, 0) for name in "abklmn"}
+    judged = {"a": 1, "k": 0, "l": 0, "m": 0, "n": 0}
+    dataset = write(corpus, {"x": judged, "xy": {"b": 1}})
+    source = BatchSource(dataset, shared_retriever.collator, BatchSettings(rows=2), 0)
+    came = set()
+    for drawn in islice(source.batches(START), 24):
+        widths = (drawn.batch.documents.grid_thw[:, 2] // 2).tolist()
+        assert len(widths) == 3
+        came.update(widths)
+    assert came == {1, 2, 3, 4, 5, 6}
+
+
+def test_judged_negatives_change_no_other_draw(write, shared_retriever):
+    corpus = {name: (name, 0) for name in "abcdefyz"}
+    plain = {"X": {"a": 1, "b": 1}, "Xy": {"c": 1, "d": 1}, "Xyz": {"e": 1, "f": 1}}
+    judged = {"X": plain["X"] | {"y": 0, "z": 0}} | dict(list(plain.items())[1:])
+    settings = BatchSettings(rows=3, lowercase_share=0.5)
+    batches = []
+    for queries in (plain, judged):
+        source = BatchSource(write(corpus, queries), shared_retriever.collator, settings, 0)
+        batches.append([drawn.batch for drawn in islice(source.batches(START), 8)])
+    for mine, theirs in zip(*batches, strict=True):
+        assert torch.equal(mine.queries.token_ids, theirs.queries.token_ids)
+        assert torch.equal(mine.documents.grid_thw, theirs.documents.grid_thw[:-1])
+        assert torch.equal(mine.positives, theirs.positives[:, :-1])
+
+
+@pytest.fixture
+def damage(monkeypatch):
+    """Makes images of a dataset undecodable, by corpus id."""
+
+    def damage(dataset, *names):
+        decode = dataset.corpus.image
+
+        def image(row):
+            if dataset.corpus.ids[row] in names:
+                raise DocumentError("image", "is a damaged image")
+            return decode(row)
+
+        monkeypatch.setattr(dataset.corpus, "image", image)
+        return dataset
+
+    return damage
+
+
+def test_a_damaged_image_leaves_the_batch_with_its_query_and_is_remembered(
+    write, shared_retriever, damage
+):
+    corpus = {name: (name, 0) for name in "abcn"}
+    queries = {"x": {"a": 1}, "xy": {"b": 1, "n": 0}, "xyz": {"c": 1}}
+    dataset = damage(write(corpus, queries), "a")
+    source = BatchSource(dataset, shared_retriever.collator, BatchSettings(rows=3), 0)
+    for drawn in islice(source.batches(START), 4):
+        assert (drawn.batch.documents.grid_thw[:, 2] // 2).tolist() == [2, 3, 4]
+        assert drawn.batch.positives.tolist() == [[True, False, False], [False, True, False]]
+    assert source.unreadable == {"a": "is a damaged image"}
+
+
+def test_a_damaged_judged_negative_leaves_its_query_in_the_batch(write, shared_retriever, damage):
+    queries = {"x": {"a": 1, "n": 0}, "xy": {"b": 1}}
+    dataset = damage(write({name: (name, 0) for name in "abn"}, queries), "n")
+    source = BatchSource(dataset, shared_retriever.collator, BatchSettings(rows=2), 0)
+    batch = next(source.batches(START)).batch
+    assert batch.positives.tolist() == [[True, False], [False, True]]
+    assert list(source.unreadable) == ["n"]
+
+
+def test_damaged_images_are_an_error_once_they_are_two_and_more_than_a_hundredth(
+    write, shared_retriever, damage
+):
+    names = "abcdef"
+    queries = {"x" * (number + 1): {name: 1} for number, name in enumerate(names)}
+    dataset = damage(write({name: (name, 0) for name in names}, queries), "b", "e")
+    source = BatchSource(dataset, shared_retriever.collator, BatchSettings(rows=6), 0)
+    with pytest.raises(DatasetError, match=r"set, .*2 of 6 .*'b': is a damaged image"):
+        next(source.batches(START))
+
+
+def test_two_damaged_images_of_two_hundred_stop_nothing(write, shared_retriever, damage):
+    corpus = {f"{number:03d}": (str(number), 0) for number in range(6)}
+    queries = {"x" * (number + 1): {name: 1} for number, name in enumerate(corpus)}
+    dataset = damage(write(corpus, queries), "000", "003")
+    source = BatchSource(dataset, shared_retriever.collator, BatchSettings(rows=6), 0)
+    source._tried.update(range(200))
+    assert len(next(source.batches(START)).batch.queries) == 4
+
+
+def test_a_batch_without_a_readable_image_is_an_error(write, shared_retriever, damage):
+    dataset = damage(write({"a": ("a", 0)}, {"x": {"a": 1}, "xy": {"a": 1}}), "a")
+    source = BatchSource(dataset, shared_retriever.collator, BatchSettings(rows=2), 0)
+    with pytest.raises(DatasetError, match=r"1 of 1 .*'a': is a damaged image"):
+        next(source.batches(START))
+
+
 @pytest.fixture
 def crowded(write):
     """12 images on 6 pages, 9 queries with one to three positives."""
@@ -229,3 +351,13 @@ def test_a_weight_for_a_kind_that_no_query_has_is_refused(write, shared_retrieve
 def test_a_negative_weight_is_refused():
     with pytest.raises(ValueError, match="greater than or equal to 0"):
         BatchSettings(kind_weights={"words": -1.0})
+
+
+def test_queries_keep_case_until_their_epoch_and_then_lose_it(write, shared_retriever):
+    dataset = write({"a": ("x", 0), "b": ("y", 0)}, {"Alpha": {"a": 1}, "Beta": {"b": 1}})
+    settings = BatchSettings(rows=2, lowercase_share=1.0, lowercase_from_epoch=1)
+    source = BatchSource(dataset, shared_retriever.collator, settings, 0)
+    asked = [sorted(d.batch.queries.token_ids.tolist()) for d in islice(source.batches(START), 2)]
+    collated = shared_retriever.collator.queries
+    spellings = (["Alpha", "Beta"], ["alpha", "beta"])
+    assert asked == [sorted(collated(texts).token_ids.tolist()) for texts in spellings]

@@ -131,6 +131,23 @@ def test_a_pdf_without_pages_is_refused(make_pdf):
         open_document(make_pdf())
 
 
+@pytest.mark.parametrize("size", [(201, 1), (3, 900)])
+def test_an_image_far_too_long_is_refused_by_name(tmp_path, size):
+    path = tmp_path / "thread.png"
+    Image.new("L", size).save(path)
+    expected = rf"thread.png: has {size[0]} x {size[1]} pixels, one side over 200 times the other"
+    for read in (load_image, open_document):
+        with pytest.raises(DocumentError, match=expected):
+            read(path)
+    Image.new("L", (200, 1)).save(path)
+    assert load_image(path).shape == (1, 200, 3)
+
+
+def test_a_missing_image_is_not_called_damaged(tmp_path):
+    with pytest.raises(DocumentError, match=r"none.png: does not exist$"):
+        load_image(tmp_path / "none.png")
+
+
 def test_a_pdf_with_damaged_bytes_is_read_or_refused(make_pdf, page):
     outline = [("First steps", 0, 100), ("Second steps", 1, 200)]
     path = make_pdf(*[page(lines=[(72, 100, 20, "First steps")])] * 2, outline=outline)

@@ -20,8 +20,8 @@ from colfolio.data.dataset import load_dataset, splits_of, write_split
 from colfolio.data.preparing import prepare as preparing
 from colfolio.data.preparing import shards
 from colfolio.data.preparing.prepare import prepare
-from colfolio.data.preparing.query_text import text_key
 from colfolio.data.preparing.sources import PrepareSettings, assign_splits
+from colfolio.data.query_text import text_key
 from colfolio.errors import DatasetError, DocumentError, RecipeError
 
 WORDS = [
@@ -40,7 +40,9 @@ TABLES = [
 
 def settings(**values):
     return validated(
-        {"processes": 1, "strips": {"strips_per_page": 6}} | values, PrepareSettings, ""
+        {"view": "strip", "processes": 1, "strips": {"strips_per_page": 6}} | values,
+        PrepareSettings,
+        "",
     )
 
 
@@ -217,6 +219,34 @@ def test_training_images_that_stand_in_other_splits_are_removed(docs, tmp_path, 
     assert splits_of(tmp_path / "only") == ["train"]
 
 
+@pytest.mark.parametrize(
+    ("place", "removed"), [({}, (1, 0)), ({"left": 72.4, "size": 18.3}, (0, 1))]
+)
+def test_validation_images_that_stand_in_the_test_split_are_removed(
+    docs, out, write_document, place, removed
+):
+    write_document(f"{some_family('test')}/x.pdf", ["Leaking title"], seed=60)
+    write_document(f"{some_family('validation')}/x.pdf", ["Leaking title"], seed=61, **place)
+    report = prepare(docs, out, settings(splits=["validation", "test"]))
+    assert (report.exact_removed, report.near_removed) == removed
+    texts = {
+        split: {query.text for query in load_dataset(out, split).queries} for split in report.splits
+    }
+    assert "Leaking title" in texts["test"]
+    assert "Leaking title" not in texts["validation"]
+    dataset = load_dataset(out, "validation")
+    assert f"{some_family('validation')}/x.pdf" not in dataset.corpus.documents
+
+
+def test_a_copy_of_a_test_document_is_removed_from_validation(docs, out):
+    copy = docs / some_family("validation") / "copy.pdf"
+    shutil.copy(docs / some_family("test") / "manual.pdf", copy)
+    report = prepare(docs, out, settings(splits=["validation", "test"]))
+    assert (report.exact_removed, report.near_removed) == (2, 0)
+    name = copy.relative_to(docs).as_posix()
+    assert name not in load_dataset(out, "validation").corpus.documents
+
+
 def test_a_copy_of_a_held_out_document_is_removed_from_training(docs, out):
     held_out = docs / some_family("test") / "manual.pdf"
     copy = docs / some_family("train") / "copy.pdf"
@@ -295,7 +325,7 @@ from colfolio.data.preparing.prepare import prepare
 from colfolio.data.preparing.sources import PrepareSettings
 
 if __name__ == "__main__":
-    values = {"processes": 2, "strips": {"strips_per_page": 6}}
+    values = {"view": "strip", "processes": 2, "strips": {"strips_per_page": 6}}
     prepare(Path(sys.argv[1]), Path(sys.argv[2]), validated(values, PrepareSettings, ""))
 """
 

@@ -8,7 +8,7 @@ from colfolio.config import validated
 from colfolio.data.preparing.sources import PrepareSettings, Shares, assign_splits, find_sources
 from colfolio.errors import DocumentError, RecipeError
 
-SETTINGS = PrepareSettings()
+SETTINGS = PrepareSettings(view="strip")
 FAMILIES = [f"family {number}" for number in range(3000)]
 
 
@@ -76,6 +76,10 @@ def test_a_share_of_zero_gets_nothing():
 def test_settings_that_make_no_sense_are_refused(values, message):
     with pytest.raises(RecipeError, match=message):
         validated(values, PrepareSettings, "prepare")
+
+
+def test_whole_pages_are_prepared_by_default_as_they_are_on_the_command_line():
+    assert PrepareSettings().view == "page"
 
 
 def test_a_family_is_the_first_folder_or_the_stem(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from colfolio.data.dataset import load_dataset, splits_of
+from colfolio.data.pages.images import load_image
 from colfolio.errors import DatasetError
 
 
@@ -71,6 +72,19 @@ def test_a_jsonl_of_document_pages(write, report):
     assert np.ptp(dataset.corpus.image(0)) > 0
 
 
+@pytest.mark.usefixtures("report")
+def test_a_page_of_a_document_is_encoded_as_it_is_rendered(write):
+    rows = [
+        {"query": text, "document": "report.pdf", "page": n} for n, text in ((1, "x"), (2, "y"))
+    ]
+    corpus = load_dataset(write_jsonl(write, rows), "train").corpus
+    pages = [corpus.encoded(row) for row in range(2)]
+    assert pages[0] != pages[1]
+    for row, page in enumerate(pages):
+        assert page.startswith(b"\x89PNG")
+        np.testing.assert_array_equal(load_image(page), corpus.image(row))
+
+
 def test_the_same_image_twice_is_one_row_and_the_same_query_one_query(write):
     file = write(
         "query,image\nx,images/a.png\nX y,images/copy-of-a.png\n x ,images/b.png\nx,./images/a.png"
@@ -99,6 +113,13 @@ def test_without_that_column_the_name_of_the_file_is_its_split(write):
     assert splits_of(file) == ["test"]
     with pytest.raises(DatasetError, match=r"no split 'train'; splits found: test"):
         load_dataset(file, "train")
+
+
+def test_a_missing_validation_split_comes_with_the_way_to_do_without(write):
+    file = write("query,image\nx,images/a.png\n")
+    hint = r"no split 'validation'; .*; set validation.split=null in the recipe to train without"
+    with pytest.raises(DatasetError, match=hint):
+        load_dataset(file, "validation")
 
 
 def test_a_file_from_a_spreadsheet_is_read(write):

@@ -30,6 +30,7 @@ class WidthEncoder:
     """Knows texts by their length, images by their ink: vectors on a circle, close when alike."""
 
     dim = 2
+    device = torch.device("cpu")
 
     def __init__(self, is_blind: bool = False) -> None:
         self.is_blind = is_blind

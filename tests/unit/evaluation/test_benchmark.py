@@ -6,12 +6,12 @@ from colfolio.errors import DatasetError
 from colfolio.evaluation import benchmark
 from colfolio.evaluation.baseline import fit_extent_line
 from colfolio.evaluation.benchmark import (
-    evaluate_index,
-    evaluate_model,
     quick_metrics,
+    relevance_of,
     score_index,
     score_model,
 )
+from colfolio.evaluation.results import evaluate_scores
 
 from .conftest import WidthEncoder
 
@@ -31,20 +31,20 @@ class FakeSearcher:
 
 
 def test_a_model_that_reads_is_told_from_one_that_does_not(strips):
-    evaluation = evaluate_model(WidthEncoder(), strips)
+    evaluation = evaluate_scores(score_model(WidthEncoder(), strips))
     assert evaluation.metric("recall@1").value == 1.0
     assert evaluation.metric("recall@1").chance == 0.25
     assert (evaluation.num_queries, evaluation.num_candidates) == (4, 4)
     assert evaluation.num_unseen == 2
     assert not evaluation.is_collapsed
-    blind = evaluate_model(WidthEncoder(is_blind=True), strips)
+    blind = evaluate_scores(score_model(WidthEncoder(is_blind=True), strips))
     assert blind.metric("recall@1").value == 0.0
     assert blind.is_collapsed
 
 
 def test_the_baseline_stands_beside_the_model(strips_folder, strips):
     line = fit_extent_line(load_dataset(strips_folder, "train"))
-    evaluation = evaluate_model(WidthEncoder(is_blind=True), strips, line)
+    evaluation = evaluate_scores(score_model(WidthEncoder(is_blind=True), strips, line))
     assert evaluation.metric("recall@1").baseline == 1.0
     assert evaluation.extent == "ink width"
 
@@ -66,7 +66,7 @@ def test_images_are_encoded_in_pieces_without_changing_the_scores(strips, monkey
 def test_an_index_is_evaluated_on_the_pages_of_the_corpus_alone(strips):
     scored = score_index(FakeSearcher(), strips)
     assert torch.equal(scored.scores, torch.eye(4))
-    evaluation = evaluate_index(FakeSearcher(), strips)
+    evaluation = evaluate_scores(scored)
     assert evaluation.num_candidates == 4
     assert evaluation.metric("ndcg@1").value == 1.0
 
@@ -82,7 +82,14 @@ def test_an_index_is_not_evaluated_on_parts_of_pages(strips, monkeypatch):
         score_index(FakeSearcher(), strips)
 
 
+def test_relevance_has_the_gain_of_each_judged_pair(strips, monkeypatch):
+    qrels = {"test-q0": {"test-c2": 3, "test-c0": 0}, "test-q1": {"test-c1": 1}}
+    monkeypatch.setattr(strips, "qrels", qrels | {"test-q2": {}, "test-q3": {"test-c0": 2}})
+    expected = [[0, 0, 3, 0], [0, 1, 0, 0], [0, 0, 0, 0], [2, 0, 0, 0]]
+    assert relevance_of(strips).tolist() == expected
+
+
 def test_quick_metrics_are_those_of_the_whole_evaluation(strips):
-    evaluation = evaluate_model(WidthEncoder(), strips)
+    evaluation = evaluate_scores(score_model(WidthEncoder(), strips))
     expected = {metric.name: metric.value for metric in evaluation.metrics}
     assert quick_metrics(WidthEncoder(), strips) == expected

@@ -1,10 +1,11 @@
 import json
 
 import pytest
+import torch
 
 from colfolio.commands import evaluate as command
-from colfolio.errors import ColfolioError, DatasetError
-from colfolio.search.layout import MANIFEST
+from colfolio.errors import ColfolioError, DatasetError, IndexStoreError
+from colfolio.search.layout import FORMAT, MANIFEST
 
 from .conftest import WidthEncoder
 
@@ -64,10 +65,47 @@ def test_options_of_an_index_are_refused_for_a_model(strips_folder, printed):
         command.evaluate_command("a/model", strips_folder, page_score="best")
 
 
-def test_an_unknown_page_score_is_refused(strips_folder, printed, tmp_path):
+def test_an_unknown_page_score_is_refused(strips_folder, tmp_path, monkeypatch, make_retriever):
+    monkeypatch.setattr(command, "load_encoder", lambda _index, _model: make_retriever())
     (tmp_path / MANIFEST).write_text("{}")
     with pytest.raises(ColfolioError, match="page_score must be best or union, not 'mean'"):
         command.evaluate_command(tmp_path, strips_folder, page_score="mean")
+
+
+def test_an_index_whose_model_moved_says_how_to_name_it(strips_folder, tmp_path):
+    manifest = {
+        "generation": "generation-0",
+        "model": str(tmp_path / "gone"),
+        "fingerprint": "f",
+        "dim": 2,
+        "dtype": "float32",
+        "views": "page",
+    } | dict.fromkeys(("num_documents", "num_pages", "num_views", "num_vectors", "checksum"), 0)
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"format": FORMAT}))
+    with pytest.raises(IndexStoreError, match=r"gone\) cannot be loaded; .*--model"):
+        command.evaluate_command(tmp_path, strips_folder)
+
+
+@pytest.mark.parametrize(("precision", "is_bf16"), [("fp32", False), ("bf16", True)])
+def test_a_model_is_scored_in_the_wished_precision(
+    strips_folder, printed, monkeypatch, precision, is_bf16
+):
+    seen = []
+
+    class Watching(WidthEncoder):
+        def encode_documents(self, documents):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().encode_documents(documents)
+
+    monkeypatch.setattr(command, "_load_model", lambda _source: Watching())
+    command.evaluate_command("a/model", strips_folder, precision=precision)
+    assert seen == [is_bf16]
+
+
+def test_names_with_markup_are_printed_as_they_are(strips_folder, printed):
+    odd = strips_folder.rename(strips_folder.with_name("strips [bold]"))
+    command.evaluate_command("a/model", odd)
+    assert "strips [bold], test: 4 queries" in printed.export_text()
 
 
 def test_an_unknown_split_is_an_error(strips_folder, printed):

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
@@ -58,7 +60,7 @@ def test_pictures_of_an_earlier_search_do_not_stay(tmp_path, model, documents):
 
 def test_wishes_that_cannot_be_honoured_are_errors(tmp_path, model, documents):
     index = tmp_path / "index"
-    for wish in ({"views": "lines"}, {"dpi": -1.0}, {"dtype": "int8"}, {"batch_tokens": 0}):
+    for wish in ({"views": "lines"}, {"dpi": -1.0}, {"dtype": "int8"}, {"max_bad_share": 2.0}):
         with pytest.raises(ColfolioError, match=next(iter(wish))):
             index_command(model, documents, index, **wish)
     with pytest.raises(IndexStoreError, match="no index is here"):
@@ -73,6 +75,25 @@ def test_wishes_that_cannot_be_honoured_are_errors(tmp_path, model, documents):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ColfolioError, match="pictures cannot be written"):
         search_command(index, "line", images_to=tmp_path / "file")
+
+
+def test_names_with_markup_are_printed_as_they_are(tmp_path, model, documents, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    index_command(model, documents, Path("index [/b]"), views="page")
+    search_command(Path("index [/b]"), "line [/red]", top_k=3, images_to=Path("hits [/i]"))
+    shown = capsys.readouterr().out
+    for name in ("index [/b]: 3 pages", "'line [/red]'", "hits [/i]/hit-1.png", "[page] 0.png"):
+        assert name in shown
+
+
+def test_more_bad_documents_are_accepted_where_that_is_wished(tmp_path, model, documents, capsys):
+    (documents / "bad [").mkdir()
+    (documents / "bad [" / "b].pdf").write_bytes(b"nothing")
+    with pytest.raises(ColfolioError, match="--max-bad-share"):
+        index_command(model, documents, tmp_path / "index", views="page")
+    manifest = index_command(model, documents, tmp_path / "index", views="page", max_bad_share=0.25)
+    assert len(manifest.skipped) == 1
+    assert "bad [/b].pdf" in capsys.readouterr().out
 
 
 def test_the_model_may_move_but_not_change(tmp_path, model, documents, make_retriever):

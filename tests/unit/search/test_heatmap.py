@@ -8,7 +8,8 @@ from colfolio.data.documents import open_document
 from colfolio.data.pages.views import STRIP_HEIGHT, find_strips
 from colfolio.errors import IndexStoreError
 from colfolio.search import IndexSettings, Searcher, SourcePage, build_index, heat_map, hit_image
-from colfolio.search.heatmap import page_image, strip_region
+from colfolio.search.heatmap import page_image
+from colfolio.search.index import strip_region
 
 GREEN = "0,200,0"
 
@@ -78,13 +79,26 @@ def test_the_region_of_a_strip_is_the_page_under_its_whole_image(tmp_path):
     font = ImageFont.load_default(30)
     ImageDraw.Draw(page).text((200, 100), "Hxg where it lies", fill="black", font=font)
     (strip,) = find_strips(np.asarray(page))
-    region = strip_region(strip.box, (300, 900), strip.image.shape[:2])
+    region = strip_region(strip)
     pixels = [round(edge * side) for edge, side in zip(region, (900, 300) * 2, strict=True)]
     cut = page.crop(tuple(pixels)).resize((strip.image.shape[1], STRIP_HEIGHT))
     away = np.abs(np.asarray(cut).astype(int) - strip.image)
     assert away.mean() < 20
     shifted = np.abs(np.roll(np.asarray(cut), 3, axis=1).astype(int) - strip.image)
     assert shifted.mean() > 2 * away.mean()
+
+
+def test_a_strip_of_a_crooked_page_covers_as_much_of_it_as_one_of_a_level_page():
+    page = Image.new("RGB", (900, 300), "white")
+    font = ImageFont.load_default(30)
+    ImageDraw.Draw(page).text((200, 130), "A heading on a crooked scan", fill="black", font=font)
+    crooked = page.rotate(-2.5, Image.Resampling.BICUBIC, fillcolor="white")
+    scales = []
+    for image in (page, crooked):
+        (strip,) = find_strips(np.asarray(image))
+        left, _, right, _ = strip_region(strip)
+        scales.append((right - left) / strip.image.shape[1])
+    assert scales[1] == pytest.approx(scales[0], rel=0.05)
 
 
 def test_hits_on_strips_are_framed_where_the_strip_lies(tmp_path, encoder):

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from colfolio.data.dataset import CorpusRow, Query, write_split
-from colfolio.errors import ColfolioError, DocumentError
+from colfolio.data.documents import PdfDocument
+from colfolio.errors import ColfolioError, DatasetError, DocumentError
 from colfolio.search import IndexSettings, Progress, Searcher, VectorStore, build_index
-from colfolio.search.sources import ahead
+from colfolio.search.sources import FolderPages, ahead
 
 
 def write_image(path: Path, grey: int) -> None:
@@ -20,6 +21,7 @@ def write_image(path: Path, grey: int) -> None:
 
 
 def write_pdf(path: Path, pages: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     document = pypdfium2.PdfDocument.new()
     for page in range(pages):
         document.new_page(60 + page, 90)
@@ -71,9 +73,39 @@ def test_more_than_one_damaged_document_in_a_hundred_is_an_error(tmp_path, encod
         write_image(tmp_path / "documents" / f"{number:03}.png", number)
     for name in ("bad-1.pdf", "bad-2.png"):
         (tmp_path / "documents" / name).write_bytes(b"nothing")
-    with pytest.raises(DocumentError, match=r"(?s)2 of 100 .*1%.*bad-1.*bad-2"):
+    with pytest.raises(DocumentError, match=r"(?s)2 of 100 .*1%.*max-bad-share.*bad-1.*bad-2"):
         build_index(encoder, tmp_path / "documents", tmp_path / "i", IndexSettings())
     assert not (tmp_path / "i").exists()
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Pages of PDFs that cannot be rendered."""
+    pages, render = set(), PdfDocument.render
+
+    def fail(self, page, *, dpi):
+        if page in pages:
+            raise DocumentError(self.path, f"page {page + 1} is damaged")
+        return render(self, page, dpi=dpi)
+
+    monkeypatch.setattr(PdfDocument, "render", fail)
+    return pages
+
+
+def test_a_document_with_a_readable_page_is_noted_and_is_not_a_bad_one(tmp_path, unreadable):
+    write_pdf(tmp_path / "a.pdf", 3)
+    unreadable |= {0, 2}
+    source = FolderPages(tmp_path, dpi=72.0, max_bad_share=0.0)
+    assert [page.page for page in source] == [1]
+    (note,) = source.skipped
+    assert "a.pdf: 2 of 3 pages are left out: page 1 is damaged" in note
+
+
+def test_a_document_without_a_readable_page_is_a_bad_one(tmp_path, unreadable):
+    write_pdf(tmp_path / "a.pdf", 2)
+    unreadable |= {0, 1}
+    with pytest.raises(DocumentError, match=r"(?s)1 of 1 .*a\.pdf: none of its 2 pages.*page 1 is"):
+        list(FolderPages(tmp_path, dpi=72.0, max_bad_share=0.5))
 
 
 def test_a_corpus_is_indexed_in_its_order(tmp_path, encoder):
@@ -86,6 +118,47 @@ def test_a_corpus_is_indexed_in_its_order(tmp_path, encoder):
         build_index(encoder, tmp_path / "d", tmp_path / "i", IndexSettings())
     build_index(encoder, tmp_path / "d", tmp_path / "i", IndexSettings(), split="test")
     assert VectorStore(tmp_path / "i").pages() == [("doc", 9), ("doc", 8), ("doc", 7)]
+
+
+def test_documents_below_a_folder_named_corpus_are_documents(tmp_path, encoder):
+    write_pdf(tmp_path / "d" / "corpus" / "a.pdf", 1)
+    build_index(encoder, tmp_path / "d", tmp_path / "i", IndexSettings())
+    assert VectorStore(tmp_path / "i").pages() == [("corpus/a.pdf", 0)]
+
+
+def test_tables_may_lie_where_the_readme_says(tmp_path, encoder):
+    file = io.BytesIO()
+    Image.new("RGB", (56, 28), "red").save(file, "PNG")
+    corpus = [CorpusRow("c", file.getvalue(), "doc", page=4)]
+    folder = tmp_path / "d"
+    write_split(folder, "test", corpus, [Query("q", "text")], {"q": {"c": 1}})
+    readme = (folder / "README.md").read_text()
+    for config in ("corpus", "queries", "qrels"):
+        (folder / config).rename(folder / f"of-{config}")
+        readme = readme.replace(f"{config}/", f"of-{config}/")
+    (folder / "README.md").write_text(readme)
+    build_index(encoder, folder, tmp_path / "i", IndexSettings())
+    assert VectorStore(tmp_path / "i").pages() == [("doc", 4)]
+
+
+def test_a_table_of_queries_and_pages_is_a_dataset(tmp_path, encoder):
+    write_pdf(tmp_path / "a.pdf", 3)
+    (tmp_path / "test.csv").write_text("query,document,page\nsomething,a.pdf,2\n")
+    build_index(encoder, str(tmp_path / "test.csv"), tmp_path / "i", IndexSettings())
+    assert VectorStore(tmp_path / "i").pages() == [("a.pdf", 1)]
+
+
+def test_what_is_no_folder_here_is_looked_for_on_the_hub(tmp_path, encoder, monkeypatch):
+    asked = []
+
+    def download(name):
+        asked.append(name)
+        raise DatasetError("no such dataset")
+
+    monkeypatch.setattr("colfolio.data.dataset.hub.download", download)
+    with pytest.raises(DatasetError, match="no such dataset"):
+        build_index(encoder, "some/set", tmp_path / "i", IndexSettings(), split="test")
+    assert asked == ["some/set"]
 
 
 def test_a_split_of_plain_documents_is_refused(tmp_path, encoder):

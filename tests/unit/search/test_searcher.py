@@ -129,6 +129,12 @@ def test_a_page_without_views_is_no_hit_but_keeps_its_place(
     assert {hit.page_id for hit in opened.search("1,1,1", 99)} == set(range(len(pages))) - blank
 
 
+def test_an_unknown_page_score_is_refused(tmp_path, encoder, pages):
+    build_index(encoder, pages, tmp_path / "index", EXACT)
+    with pytest.raises(ColfolioError, match="page_score must be best or union, not 'bset'"):
+        Searcher(tmp_path / "index", encoder, "bset")
+
+
 @pytest.mark.parametrize("query", ["", "  \n"])
 def test_an_empty_query_is_refused(tmp_path, encoder, pages, query):
     build_index(encoder, pages, tmp_path / "index", IndexSettings())

@@ -15,12 +15,13 @@ from colfolio.search.layout import MANIFEST, PageRecord, ViewRecord
 from colfolio.search.writer import create_store
 
 PAGE = PageRecord("a.pdf", 3, (200, 100), "/somewhere/a.pdf", 5, 6, 72.0, b"preview")
+BOX, REGION = (0.1, 0.2, 0.3, 0.4), (0.0, 0.1, 0.5, 0.6)
 NAMES = {"model": "m", "fingerprint": "f", "views": "strips", "skipped": ("b.pdf: damaged",)}
 
 
 def write(folder: Path, vectors: MultiVectors, dtype="float32", dim=8):
     with create_store(folder, dim, dtype) as store:
-        views = [ViewRecord(0, row, (0.1, 0.2, 0.3, 0.4), (28, 56)) for row in range(len(vectors))]
+        views = [ViewRecord(0, row, BOX, REGION, (28, 56)) for row in range(len(vectors))]
         store.add([PAGE], views, vectors)
         store.add([PAGE], [], None)
         return store.commit(**NAMES)
@@ -43,7 +44,8 @@ def test_what_was_written_is_read(tmp_path):
     assert views.numbers.tolist() == [0, 1, 2]
     assert views.page_ids.tolist() == [0, 0, 0]
     assert views.sizes.tolist() == [[28, 56]] * 3
-    assert views.boxes[1].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert views.boxes[1].tolist() == pytest.approx(BOX)
+    assert views.regions[1].tolist() == pytest.approx(REGION)
     assert store.pages() == [("a.pdf", 3)] * 2
     assert store.page(1) == PAGE
 
@@ -57,9 +59,11 @@ def test_float16_rounds_to_nearest(tmp_path):
 
 
 @pytest.mark.parametrize("worst", [float("nan"), float("inf"), 1e6])
-def test_vectors_that_cannot_be_stored_are_refused(tmp_path, worst):
-    with pytest.raises(ValueError, match="finite"):
-        write(tmp_path / "index", MultiVectors.from_list([torch.full((2, 8), worst)]), "float16")
+def test_vectors_that_cannot_be_stored_are_refused_by_the_name_of_their_view(tmp_path, worst):
+    vectors = rows(3, 2, 4)
+    vectors.vectors[4, 5] = worst  # the last vector of the second view
+    with pytest.raises(IndexStoreError, match=r"a\.pdf, page 4, view 2: .*finite"):
+        write(tmp_path / "index", vectors, "float16")
     assert not (tmp_path / "index").exists()
 
 
@@ -67,7 +71,7 @@ def test_a_build_that_never_commits_leaves_the_index_before_it(tmp_path):
     write(tmp_path / "index", rows(2))
     before = sorted(path.name for path in (tmp_path / "index").iterdir())
     with create_store(tmp_path / "index", 8, "float32") as store:
-        store.add([PAGE], [ViewRecord(0, 0, (0.0, 0.0, 1.0, 1.0), (28, 28))], rows(4))
+        store.add([PAGE], [ViewRecord(0, 0, BOX, REGION, (28, 28))], rows(4))
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == before
     assert torch.equal(torch.cat(list(VectorStore(tmp_path / "index").vectors())), rows(2).vectors)
 
