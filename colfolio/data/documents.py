@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,23 +101,23 @@ def open_document(path: Path) -> Document:
     return PdfDocument(path) if path.suffix.lower() == ".pdf" else ImageDocument(path)
 
 
-class Document:
+class Document(ABC):
     """Pages that can be measured and rendered; the base of PDFs and images."""
 
     path: Path
     num_pages: int
 
+    @abstractmethod
     def page_size(self, page: int) -> tuple[float, float]:
         """Width and height of a page as shown, in points (1/72 inch)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def render(self, page: int, *, dpi: float) -> UInt8[np.ndarray, "height width 3"]:
         """A page as RGB pixels on white; a huge page gets fewer dpi (`MAX_RENDERED_PIXELS`)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def render_grey(self, page: int, *, dpi: float) -> UInt8[np.ndarray, "height width"]:
         """A page as grey pixels, in less time than `render` takes."""
-        raise NotImplementedError
 
     def outline(self) -> list[OutlineEntry]:
         """The entries that point to a page of the document, in order; empty where none do."""
@@ -127,6 +128,7 @@ class Document:
         self._check_page(page)
         return PageText("", np.zeros((0, 4), np.float32))
 
+    @abstractmethod
     def close(self) -> None:
         """Release the file; the document cannot be used afterwards."""
 
@@ -157,6 +159,10 @@ class ImageDocument(Document):
         self.num_pages = num_images(path)
         self._last: tuple[int, UInt8[np.ndarray, "height width 3"]] | None = None
         self._pixels(0)
+
+    def close(self) -> None:
+        """Release the decoded image."""
+        self._last = None
 
     def page_size(self, page: int) -> tuple[float, float]:
         """Width and height in points, as if the longer side measured 11 inches."""
