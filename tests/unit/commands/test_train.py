@@ -11,7 +11,7 @@ import torch
 from colfolio.commands import train as train_module
 from colfolio.commands.run_folder import RunFolder, recipe_of
 from colfolio.commands.train import resume_command, train_command
-from colfolio.errors import CheckpointError, ColfolioError, RecipeError
+from colfolio.errors import CheckpointError, ColfolioError, DatasetError, RecipeError
 from colfolio.models import Retriever
 from colfolio.training import newest_checkpoint
 
@@ -278,3 +278,30 @@ def test_gradient_checkpointing_trains_to_nearly_the_same_weights(write_recipe, 
     )
     for name in plain:
         torch.testing.assert_close(mine[name], plain[name], rtol=0, atol=1e-4)
+
+
+def test_a_run_killed_before_its_first_step_keeps_its_base(
+    write_recipe, run, unbroken, base_folder, tmp_path, make_retriever, monkeypatch
+):
+    base = tmp_path / "base-of-the-day"
+    shutil.copytree(base_folder, base)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "_run", lambda *_: None)
+        train_command(write_recipe(model=str(base)))
+    make_retriever(seed=9).save_pretrained(base)
+    resume_command(run)
+    assert weights_of(run) == unbroken[1]
+
+
+def test_an_error_in_the_middle_of_a_run_saves_what_was_trained(write_recipe, run, monkeypatch):
+    trained = train_module.train
+
+    def broken(state, dataset):
+        reports = trained(state, dataset)
+        yield from (next(reports) for _ in range(3))
+        raise DatasetError("an image went bad")
+
+    monkeypatch.setattr(train_module, "train", broken)
+    with pytest.raises(DatasetError, match="went bad"):
+        train_command(write_recipe())
+    assert newest_checkpoint(run / "checkpoints").name == "step-000003"

@@ -28,6 +28,11 @@ def test_the_same_seed_trains_to_the_same_bits(trained, settings):
     assert first.retriever.fingerprint() == again.retriever.fingerprint()
 
 
+def test_weights_that_train_are_float32_whatever_their_file_holds(make_retriever, settings):
+    state = start_training(make_retriever(dtype="bfloat16"), settings)
+    assert {weight.dtype for weight in state.retriever.parameters()} == {torch.float32}
+
+
 def test_another_seed_of_the_data_trains_otherwise(trained, settings):
     other = settings.model_copy(update={"seed": 4})
     assert trained(settings)[0].retriever.fingerprint() != (
