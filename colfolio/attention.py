@@ -30,7 +30,7 @@ TEXT_ATTENTION = "colfolio_packed"
 VISION_ATTENTION = "colfolio_packed_flash"
 
 # Up to this length a plain product of matrices is faster on a CPU than the fused kernel, whose
-# backward took 42 % of a step with 32 patches an image.
+# backward is slow for short sequences.
 _SHORT = 128
 
 
@@ -131,8 +131,8 @@ def _together(
 ) -> Tensor:
     """Short sequences of many lengths in one call, each laid into a row of the longest.
 
-    A call for each length took a fifth more of a whole training step on small images. The empty
-    places exist only in here: no token sees them, and they are left out again.
+    A call for each length costs more than the empty places, which exist only in here: no token
+    sees them, and they are left out again.
     """
     offsets = offsets.unique_consecutive()  # an empty sequence would be a row of nothing but -inf
     place = torch.arange(int(offsets.diff().max()))  # [longest]

@@ -14,8 +14,8 @@ def vision_position_ids(
 ) -> Int64[Tensor, "P 2"]:
     """`(row, column)` of each patch of each grid, 2 x 2 neighbours behind one another.
 
-    `transformers` computes the same inside the tower, in a loop over images that took a tenth of a
-    step of small images; it takes ours from the call where it finds them there.
+    `transformers` computes the same inside the tower, in a loop over images that is slow for many
+    small ones; it takes ours from the call where it finds them there.
     """
     grids = [tuple(grid) for grid in grid_thw.tolist()]
     return torch.cat([_of_grid(*grid, spatial_merge_size) for grid in grids])
