@@ -25,11 +25,15 @@ class Collator:
     Args:
         prompter: templates and tokenizer.
         budget: how images are resized and cut.
+        position_scheme: a name of `colfolio.mrope.SCHEMES`.
     """
 
-    def __init__(self, prompter: Prompter, budget: PixelBudget) -> None:
+    def __init__(
+        self, prompter: Prompter, budget: PixelBudget, position_scheme: str = "qwen2_vl"
+    ) -> None:
         self.prompter = prompter
         self.budget = budget
+        self.position_scheme = position_scheme
 
     def queries(self, texts: Sequence[str]) -> Packed:
         """One row a text."""
@@ -59,5 +63,11 @@ class Collator:
         token_ids = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64)
         offsets = offsets_of([len(row) for row in rows])
         types = torch.where(token_ids == self.prompter.image_token_id, IMAGE, TEXT)
-        positions = position_ids(types, offsets, grids, self.budget.merge)
+        positions = position_ids(
+            types,
+            offsets,
+            image_grid_thw=grids,
+            scheme=self.position_scheme,
+            spatial_merge_size=self.budget.merge,
+        )
         return Packed(token_ids, offsets, positions, patches, grids)

@@ -70,7 +70,8 @@ class Retriever(nn.Module):
         self.projection = projection
         self.tokenizer = tokenizer
         self.contract = contract
-        self.collator = Collator(Prompter(tokenizer, contract.templates), contract.pixel_budget)
+        prompter = Prompter(tokenizer, contract.templates)
+        self.collator = Collator(prompter, contract.pixel_budget, contract.position_scheme)
 
     @classmethod
     def from_pretrained(

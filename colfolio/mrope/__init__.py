@@ -1,5 +1,38 @@
 """M-RoPE by itself: imports torch only, so that the folder can be copied into another project."""
 
-from colfolio.mrope.positions import IMAGE, TEXT, VIDEO, position_ids
+from .positions import padded_position_ids, position_ids
+from .rotary import cos_sin, inverse_frequencies, rotate
+from .schemes import (
+    IMAGE,
+    SCHEMES,
+    TEXT,
+    VIDEO,
+    Qwen2_5VL,
+    Qwen2VL,
+    Qwen3VL,
+    Scheme,
+    Span,
+    VideoRoPE,
+    described,
+    scheme_of,
+)
 
-__all__ = ["IMAGE", "TEXT", "VIDEO", "position_ids"]
+__all__ = [
+    "IMAGE",
+    "SCHEMES",
+    "TEXT",
+    "VIDEO",
+    "Qwen2VL",
+    "Qwen2_5VL",
+    "Qwen3VL",
+    "Scheme",
+    "Span",
+    "VideoRoPE",
+    "cos_sin",
+    "described",
+    "inverse_frequencies",
+    "padded_position_ids",
+    "position_ids",
+    "rotate",
+    "scheme_of",
+]

@@ -1,108 +1,261 @@
 """Multimodal rotary positions (M-RoPE): three position ids a token, from token types and grids.
 
-Text advances all three rows together, one a token. An image or clip of a grid of `T x H x W` merged
-tokens takes the positions `start + (t, h, w)`; the text behind it goes on at one more than the
-largest position so far. Every sequence of a packed batch starts at 0. Source: Qwen2-VL,
-arXiv:2409.12191, section 2.1 (figure 3), and `get_rope_index` of its published code.
+Text advances all three rows together, one a token. The tokens of an image or clip take coordinates
+relative to where they start, and move what follows, as a scheme says (`schemes.py`). Every sequence
+starts at 0. Source: Qwen2-VL, arXiv:2409.12191, section 2.1, and `get_rope_index` of its family.
 
-Letters: N tokens of all sequences, G grids, V visual tokens.
+The coordinates of each grid are made once and kept. A batch is then a few cumulative sums and one
+gather: no loop over tokens, and nothing that waits for a device.
+
+Letters: N tokens of all sequences, B sequences, L padded length, G grids, S spans, V visual tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
-TEXT, IMAGE, VIDEO = 0, 1, 2
+from .misfits import Visuals, first_misfit, row_of_placeholder
+from .schemes import IMAGE, KINDS, PADDING, TEXT, VIDEO, Scheme, Span, scheme_of
 
 
 def position_ids(
     token_types: Tensor,
     offsets: Tensor,
-    grid_thw: Tensor,
+    image_grid_thw: Tensor | None = None,
+    video_grid_thw: Tensor | None = None,
+    scheme: str | Scheme = "qwen2_vl",
     spatial_merge_size: int = 2,
+    second_per_grid_ts: Tensor | Sequence[float] | None = None,
 ) -> Tensor:
-    """Position ids of a packed batch, by the scheme of Qwen2-VL.
+    """Position ids of a packed batch.
 
     Args:
         token_types: int `[N]`: 0 text, 1 image placeholder, 2 video placeholder.
-        offsets: int64 `[rows + 1]`, where each sequence begins.
-        grid_thw: int64 `[G, 3]`: patches in time, height and width of each image or clip, in the
-            order in which their placeholders stand; on the device of `token_types`.
+        offsets: int64 `[B + 1]`, where each sequence begins, and N.
+        image_grid_thw: int64 `[G, 3]`: patches in time, height and width of each image, in the
+            order of their placeholders. On the CPU; from a device they are copied first.
+        video_grid_thw: the same for clips.
+        scheme: a name in `SCHEMES`, or a scheme.
         spatial_merge_size: patches merged into one token along height, and along width.
+        second_per_grid_ts: seconds between the temporal steps of each clip, for schemes of absolute
+            time; 1 if unset.
 
     Returns:
-        int64 `[3, N]`: temporal, height and width positions.
+        int64 `[3, N]`, on the device of `token_types`: temporal, height and width positions.
 
     Raises:
-        ValueError: a grid does not divide by the merge size, or the placeholders of a sequence do
-            not add up to its grids.
+        ValueError: grids and placeholders do not fit each other; names the row. A misfit of token
+            types on a CUDA device stops the kernel instead: to name it would wait for the device.
     """
-    merge = torch.tensor([1, spatial_merge_size, spatial_merge_size], device=grid_thw.device)
-    misfit = (grid_thw % merge).any(dim=1) | (grid_thw < 1).any(dim=1)
-    if misfit.any():
-        grid = int(misfit.nonzero()[0])
+    if len(offsets) < 1 or (offsets.device.type == "cpu" and offsets[-1] != len(token_types)):
         raise ValueError(
-            f"grid {grid} is {grid_thw[grid].tolist()}: its sides must be positive, height and "
-            f"width multiples of the merge size {spatial_merge_size}"
+            f"offsets {offsets.tolist()} must end at the number of tokens, {len(token_types)}"
         )
-    merged = grid_thw // merge  # [G, 3]
-    visual = token_types != TEXT  # [N]
-    sizes = merged.prod(dim=1)  # [G]
-    first = _first_tokens(visual, sizes, offsets)  # [G]
-    # A token advances its sequence by 1 if it is text, a grid by its longest side if it is visual:
-    # the advance of a grid is booked on its first token, and the other visual tokens add nothing.
-    advance = (~visual).long()
-    advance[first] = merged.amax(dim=1)
-    so_far = torch.cat([advance.new_zeros(1), advance.cumsum(0)])  # [N + 1], over the whole batch
-    lengths = offsets.diff().to(advance.device)
-    start = so_far[:-1] - so_far[offsets[:-1].to(advance.device)].repeat_interleave(lengths)  # [N]
-    positions = start.expand(3, -1).clone()
-    positions[:, visual] = start[first].repeat_interleave(sizes) + _grid_coordinates(merged, sizes)
-    return positions
+    tokens = _Tokens(token_types, None, offsets)
+    grids = (image_grid_thw, video_grid_thw)
+    visuals = _visuals(tokens, grids, scheme_of(scheme), spatial_merge_size, second_per_grid_ts)
+    return _placed(tokens, visuals)
 
 
-def _grid_coordinates(merged: Tensor, sizes: Tensor) -> Tensor:
-    """`(t, h, w)` of each token of each grid, row-major: int64 `[3, V]`."""
-    begin = sizes.cumsum(0) - sizes
-    index = torch.arange(int(sizes.sum()), device=merged.device) - begin.repeat_interleave(sizes)
-    height, width = merged[:, 1].repeat_interleave(sizes), merged[:, 2].repeat_interleave(sizes)
-    return torch.stack([index // (height * width), index // width % height, index % width])
+def padded_position_ids(
+    mm_token_type_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    image_grid_thw: Tensor | None = None,
+    video_grid_thw: Tensor | None = None,
+    scheme: str | Scheme = "qwen2_vl",
+    spatial_merge_size: int = 2,
+    second_per_grid_ts: Tensor | Sequence[float] | None = None,
+) -> Tensor:
+    """Position ids of a padded batch, as `get_rope_index` of `transformers` returns them.
+
+    Args:
+        mm_token_type_ids: int `[B, L]`: 0 text, 1 image placeholder, 2 video placeholder.
+        attention_mask: `[B, L]`, 0 at padding, on either side; None if there is none.
+        image_grid_thw, video_grid_thw, scheme, spatial_merge_size, second_per_grid_ts: as in
+            `position_ids`.
+
+    Returns:
+        int64 `[3, B, L]`; 0 at padding.
+
+    Raises:
+        ValueError: as in `position_ids`.
+    """
+    mask_shape = None if attention_mask is None else attention_mask.shape
+    if mm_token_type_ids.ndim != 2 or mask_shape not in {None, mm_token_type_ids.shape}:
+        raise ValueError(
+            "mm_token_type_ids must be [batch, length] and attention_mask alike, received "
+            f"{list(mm_token_type_ids.shape)} and {mask_shape and list(mask_shape)}"
+        )
+    rows, length = mm_token_type_ids.shape
+    types = mm_token_type_ids.flatten()  # [B * L]
+    offsets = torch.arange(rows + 1) * length
+    real = None if attention_mask is None else attention_mask.flatten().to(types.device, torch.bool)
+    tokens = _Tokens(types, real, offsets)
+    grids = (image_grid_thw, video_grid_thw)
+    visuals = _visuals(tokens, grids, scheme_of(scheme), spatial_merge_size, second_per_grid_ts)
+    return _placed(tokens, visuals).unflatten(1, (rows, length))
 
 
-def _first_tokens(visual: Tensor, sizes: Tensor, offsets: Tensor) -> Tensor:
-    """Index of the first placeholder of each grid: int64 `[G]`."""
-    where = visual.nonzero()[:, 0]  # [V]
-    rows = torch.searchsorted(offsets.to(where.device), where, right=True) - 1  # [V]
-    if len(where) != int(sizes.sum()):
-        raise ValueError(_misfit(where.tolist(), rows.tolist(), sizes.tolist()))
-    begin = sizes.cumsum(0) - sizes
-    first, last = begin, begin + sizes - 1
-    if ((where[last] - where[first] + 1 != sizes) | (rows[first] != rows[last])).any():
-        raise ValueError(_misfit(where.tolist(), rows.tolist(), sizes.tolist()))
-    return where[first]
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Types int `[N]`, which of them are real (None: all), and where each sequence begins."""
+
+    types: Tensor
+    real: Tensor | None
+    offsets: Tensor
+
+    def of_kind(self, kind: int) -> Tensor:
+        """Which tokens are real and of this type: bool `[N]`."""
+        found = self.types == kind
+        return found if self.real is None else found.logical_and_(self.real)
+
+    def num_real(self) -> Tensor | int:
+        return len(self.types) if self.real is None else self.real.sum()
+
+    def kept(self) -> Tensor:
+        """Types with `PADDING` where no token is real."""
+        types = self.types.long()
+        return types if self.real is None else types.where(self.real, PADDING)
 
 
-def _misfit(where: list[int], rows: list[int], sizes: list[int]) -> str:
-    """The first grid whose placeholders do not stand in one run of one row, or what is left."""
-    begin = 0
-    for grid, size in enumerate(sizes):
-        if begin == len(where):
-            return f"grid {grid} needs {size} placeholder tokens, but all are taken"
-        token, row, found = where[begin], rows[begin], 0
-        while (
-            begin < len(where)
-            and found < size
-            and (where[begin], rows[begin])
-            == (
-                token + found,
-                row,
-            )
+def _placed(tokens: _Tokens, visuals: list[Visuals]) -> Tensor:
+    """Positions int64 `[3, N]`: where each token's sequence stands, and its place in its grid."""
+    if visuals and len(tokens.types) == 0:
+        raise ValueError(first_misfit([], tokens.offsets.tolist(), visuals))
+    device = tokens.types.device
+    bounds = tokens.offsets.to(device, non_blocking=True)
+    num_visual = sum(kind.num_tokens for kind in visuals)
+    text = tokens.of_kind(TEXT)
+    advance = text.long()  # by how much each token moves what stands behind it
+    fits = text.sum() + num_visual == tokens.num_real()
+    place: Tensor | int = num_visual  # each token's column in the coordinates: that of no place
+    begun = 0
+    for kind in visuals:
+        is_kind = tokens.of_kind(kind.kind)
+        count = is_kind.cumsum(0)  # [N]
+        last, moves, stand_well = _ends(kind, count, bounds)
+        advance[last] = moves  # that of a span is booked on its last token
+        fits = fits & stand_well
+        place = torch.where(is_kind, count.add_(begun - 1), place)
+        begun += kind.num_tokens
+    _stop_at_misfit(fits, tokens, visuals)
+    start = _starts(advance, bounds)
+    if tokens.real is not None:
+        start.masked_fill_(~tokens.real, 0)
+    if isinstance(place, int):
+        return start.expand(3, -1).contiguous()
+    return _coordinates(visuals, device).gather(1, place.expand(3, -1)).add_(start)
+
+
+def _starts(advance: Tensor, bounds: Tensor) -> Tensor:
+    """How far what stands before each token has moved its sequence: int64 `[N]`."""
+    so_far = advance.new_zeros(len(advance) + 1)  # over all sequences
+    torch.cumsum(advance, 0, out=so_far[1:])
+    at_first = so_far[bounds[:-1]].repeat_interleave(bounds.diff(), output_size=len(advance))
+    return so_far[:-1] - at_first
+
+
+def _coordinates(visuals: list[Visuals], device: torch.device) -> Tensor:
+    """Coordinates of all visual tokens, and zeros for what is not visual: int64 `[3, V + 1]`."""
+    columns = [span.coordinates for kind in visuals for span in kind.spans]
+    columns.append(torch.zeros(3, 1, dtype=torch.int64))
+    return torch.cat(columns, dim=1).to(device, non_blocking=True)
+
+
+def _ends(kind: Visuals, count: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Last token `[S]` and advance `[S]` of each span of a kind, and whether all stand well.
+
+    They stand well if each is one run of tokens in one row, and if text stands between the spans of
+    one grid. Where they do not, the token numbers are still valid ones.
+
+    Args:
+        count: int64 `[N]`, tokens of this kind up to and including each.
+    """
+    ends = list(accumulate(span.size for span in kind.spans))
+    sizes, moves = [span.size for span in kind.spans], [span.advance for span in kind.spans]
+    numbers = [[end - size + 1 for end, size in zip(ends, sizes, strict=True)], ends, sizes, moves]
+    table = torch.tensor(numbers).to(count.device, non_blocking=True)  # [4, S]
+    places = torch.searchsorted(count, table[:2])  # of each span's first and last token
+    first, last = places[0], places[1]
+    rows = torch.searchsorted(bounds, places, right=True)
+    one_run = (last - first < table[2]) & (rows[0] == rows[1])
+    stand_well = one_run.all() & (count[-1] == ends[-1])
+    if len(kind.spans) > len(kind.sides):  # some grid has several
+        same_grid = torch.tensor(kind.grids).diff() == 0
+        same_grid = same_grid.to(count.device, non_blocking=True)
+        stand_well = stand_well & ~(same_grid & (first[1:] == last[:-1] + 1)).any()
+    return last.clamp(max=len(count) - 1), table[3], stand_well
+
+
+def _stop_at_misfit(fits: Tensor, tokens: _Tokens, visuals: list[Visuals]) -> None:
+    device = tokens.types.device.type
+    if device == "cuda":
+        told = "token types and grids do not fit: call with token types on the CPU to see the row"
+        torch._assert_async(fits, told)  # pyright: ignore[reportPrivateImportUsage]
+    elif device != "meta" and not fits:
+        raise ValueError(first_misfit(tokens.kept().tolist(), tokens.offsets.tolist(), visuals))
+
+
+def _visuals(
+    tokens: _Tokens,
+    grids: tuple[Tensor | None, Tensor | None],
+    scheme: Scheme,
+    merge: int,
+    second_per_grid_ts: Tensor | Sequence[float] | None,
+) -> list[Visuals]:
+    """The spans of images and of clips, of kinds that have any."""
+    found = []
+    for kind, grid_thw in zip((IMAGE, VIDEO), grids, strict=True):
+        if grid_thw is None or len(grid_thw) == 0:
+            continue
+        visuals = Visuals(kind, grid_thw.tolist())
+        times = _seconds(second_per_grid_ts, len(grid_thw), kind, scheme)
+        for grid, ((frames, height, width), seconds) in enumerate(
+            zip(visuals.sides, times, strict=True)
         ):
-            begin, found = begin + 1, found + 1
-        if found < size:
-            return (
-                f"row {row}: grid {grid} needs {size} placeholder tokens in one run from token "
-                f"{token} on, found {found}"
-            )
-    return f"row {rows[begin]}: placeholder token {where[begin]} belongs to no grid"
+            if frames < 1 or min(height, width) < merge or height % merge or width % merge:
+                where = row_of_placeholder(tokens.kept(), tokens.offsets, kind, visuals.num_tokens)
+                raise ValueError(
+                    f"{where}: {KINDS[kind]} grid {grid} is {visuals.sides[grid]}: its sides must "
+                    f"be positive, height and width multiples of the merge size {merge}"
+                )
+            spans = _spans(scheme, kind, frames, height // merge, width // merge, seconds)
+            visuals.spans.extend(spans)
+            visuals.grids.extend([grid] * len(spans))
+        found.append(visuals)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _spans(
+    scheme: Scheme, kind: int, frames: int, height: int, width: int, seconds: float | None
+) -> tuple[Span, ...]:
+    return scheme.spans(kind, frames, height, width, seconds)
+
+
+def forget_grids() -> None:
+    """Free the coordinates that are kept for grids seen before."""
+    _spans.cache_clear()
+
+
+def _seconds(
+    given: Tensor | Sequence[float] | None, num_grids: int, kind: int, scheme: Scheme
+) -> list[float] | list[None]:
+    """Seconds a temporal step of each grid of a kind."""
+    if given is None or kind != VIDEO:
+        return [None] * num_grids
+    seconds = given.tolist() if isinstance(given, Tensor) else list(given)
+    if not scheme.needs_seconds:
+        raise ValueError(f"second_per_grid_ts is set, but {scheme} has no use for time in seconds")
+    if len(seconds) != num_grids or min(seconds) < 0:
+        raise ValueError(
+            f"second_per_grid_ts must hold a time of at least 0 for each of {num_grids} clips, "
+            f"received {seconds}"
+        )
+    return seconds
