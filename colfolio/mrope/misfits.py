@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from .schemes import IMAGE, KINDS, PADDING, TEXT, VIDEO, Span
+from .schemes import IMAGE, KINDS, TEXT, VIDEO, Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,11 @@ class Visuals:
         return sum(span.size for span in self.spans)
 
 
-def first_misfit(types: list[int], offsets: list[int], visuals: list[Visuals]) -> str:
+def first_misfit(types: list[int | None], offsets: list[int], visuals: list[Visuals]) -> str:
     """The first token that no grid explains, or else the first grid that no token is left for.
 
     Args:
-        types: token types, `PADDING` where there is no token.
+        types: token types, None where there is padding.
         offsets: where each row begins, and where the last ends.
     """
     waiting = {kind.kind: _Waiting(kind) for kind in visuals}
@@ -57,7 +57,7 @@ def first_misfit(types: list[int], offsets: list[int], visuals: list[Visuals]) -
                 if misfit:
                     return f"row {row}: {misfit}"
                 place += size
-            elif kind in (TEXT, PADDING):
+            elif kind in (TEXT, None):
                 place += 1
             else:
                 return (
@@ -68,9 +68,15 @@ def first_misfit(types: list[int], offsets: list[int], visuals: list[Visuals]) -
     return left[0] if left else f"token types and offsets {offsets} do not fit"
 
 
-def row_of_placeholder(types: Tensor, offsets: Tensor, kind: int, number: int) -> str:
-    """`row r` of the placeholder of a kind with this number, or that there is none."""
-    places = (types == kind).nonzero()[:, 0].tolist()
+def row_of_placeholder(is_kind: Tensor, offsets: Tensor, number: int) -> str:
+    """`row r` of the placeholder of a kind with this number, or why there is none.
+
+    Args:
+        is_kind: bool `[tokens]`, the placeholders of the kind.
+    """
+    if is_kind.device.type == "meta":
+        return "a row whose tokens cannot be read"
+    places = is_kind.nonzero()[:, 0].tolist()
     if number >= len(places):
         return "no row has placeholders left for it"
     rows = [row for row, begin in enumerate(offsets[:-1].tolist()) if begin <= places[number]]
@@ -85,7 +91,7 @@ class _Waiting:
         self.next = 0
         self.last_end: int | None = None
 
-    def take(self, types: list[int], place: int, begin: int, end: int) -> tuple[int, str]:
+    def take(self, types: list[int | None], place: int, begin: int, end: int) -> tuple[int, str]:
         """Tokens that the next span takes from `place` on, and what is wrong with them, if so."""
         visuals, name = self.visuals, KINDS[self.visuals.kind]
         if self.next == len(visuals.spans):
@@ -103,11 +109,14 @@ class _Waiting:
                 f"{told} needs {size} placeholder tokens in one run from token {place - begin} on, "
                 f"found {run}"
             )
-        if self.last_end == place and self.next and visuals.grids[self.next - 1] == grid:
-            return 0, (
-                f"{told} has two frames without text between at token {place - begin}; its scheme "
-                "tells their time by text"
-            )
+        if self.next and visuals.grids[self.next - 1] == grid and self.last_end is not None:
+            if self.last_end <= begin:
+                return 0, f"{told} has frames in this row and in one before it"
+            if self.last_end == place:
+                return 0, (
+                    f"{told} has two frames without text between at token {place - begin}; its "
+                    "scheme tells their time by text"
+                )
         self.next, self.last_end = self.next + 1, place + size
         return size, ""
 
@@ -116,6 +125,12 @@ class _Waiting:
         if self.next == len(visuals.spans):
             return ""
         grid = visuals.grids[self.next]
+        num_found = visuals.grids[: self.next].count(grid)
+        if num_found:
+            return (
+                f"{name} grid {grid} ({visuals.sides[grid]}) has placeholders for {num_found} of "
+                f"its {visuals.grids.count(grid)} frames"
+            )
         return (
             f"{name} grid {grid} ({visuals.sides[grid]}) is left over: the placeholders of all "
             f"rows are taken by the {grid} grids before it"

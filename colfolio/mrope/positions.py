@@ -12,6 +12,7 @@ Letters: N tokens of all sequences, B sequences, L padded length, G grids, S spa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .misfits import Visuals, first_misfit, row_of_placeholder
-from .schemes import IMAGE, KINDS, PADDING, TEXT, VIDEO, Scheme, Span, scheme_of
+from .schemes import IMAGE, KINDS, TEXT, VIDEO, Scheme, Span, scheme_of
 
 
 def position_ids(
@@ -53,9 +54,10 @@ def position_ids(
         ValueError: grids and placeholders do not fit each other; names the row. A misfit of token
             types on a CUDA device stops the kernel instead: to name it would wait for the device.
     """
-    if len(offsets) < 1 or (offsets.device.type == "cpu" and offsets[-1] != len(token_types)):
+    if offsets.device.type == "cpu" and not _cover(offsets, len(token_types)):
         raise ValueError(
-            f"offsets {offsets.tolist()} must end at the number of tokens, {len(token_types)}"
+            f"offsets must start at 0, never fall, and end at the number of tokens, "
+            f"{len(token_types)}; received {offsets.tolist()}"
         )
     tokens = _Tokens(token_types, None, offsets)
     grids = (image_grid_thw, video_grid_thw)
@@ -94,7 +96,7 @@ def padded_position_ids(
         )
     rows, length = mm_token_type_ids.shape
     types = mm_token_type_ids.flatten()  # [B * L]
-    offsets = torch.arange(rows + 1) * length
+    offsets = torch.arange(rows + 1, device="cpu") * length
     real = None if attention_mask is None else attention_mask.flatten().to(types.device, torch.bool)
     tokens = _Tokens(types, real, offsets)
     grids = (image_grid_thw, video_grid_thw)
@@ -118,10 +120,20 @@ class _Tokens:
     def num_real(self) -> Tensor | int:
         return len(self.types) if self.real is None else self.real.sum()
 
-    def kept(self) -> Tensor:
-        """Types with `PADDING` where no token is real."""
-        types = self.types.long()
-        return types if self.real is None else types.where(self.real, PADDING)
+    def kept(self) -> list[int | None]:
+        """The types, None where no token is real."""
+        types = self.types.tolist()
+        real = [True] * len(types) if self.real is None else self.real.tolist()
+        return [kind if is_real else None for kind, is_real in zip(types, real, strict=True)]
+
+
+def _cover(offsets: Tensor, num_tokens: int) -> bool:
+    return (
+        len(offsets) > 0
+        and bool(offsets[0] == 0)
+        and bool(offsets[-1] == num_tokens)
+        and not (offsets.diff() < 0).any()
+    )
 
 
 def _placed(tokens: _Tokens, visuals: list[Visuals]) -> Tensor:
@@ -164,15 +176,15 @@ def _starts(advance: Tensor, bounds: Tensor) -> Tensor:
 def _coordinates(visuals: list[Visuals], device: torch.device) -> Tensor:
     """Coordinates of all visual tokens, and zeros for what is not visual: int64 `[3, V + 1]`."""
     columns = [span.coordinates for kind in visuals for span in kind.spans]
-    columns.append(torch.zeros(3, 1, dtype=torch.int64))
+    columns.append(torch.zeros(3, 1, dtype=torch.int64, device="cpu"))
     return torch.cat(columns, dim=1).to(device, non_blocking=True)
 
 
 def _ends(kind: Visuals, count: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Last token `[S]` and advance `[S]` of each span of a kind, and whether all stand well.
 
-    They stand well if each is one run of tokens in one row, and if text stands between the spans of
-    one grid. Where they do not, the token numbers are still valid ones.
+    They stand well if each is one run of tokens in one row, and if the spans of one grid share a
+    row and have text between. Where they do not, the token numbers are still valid ones.
 
     Args:
         count: int64 `[N]`, tokens of this kind up to and including each.
@@ -180,16 +192,17 @@ def _ends(kind: Visuals, count: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor,
     ends = list(accumulate(span.size for span in kind.spans))
     sizes, moves = [span.size for span in kind.spans], [span.advance for span in kind.spans]
     numbers = [[end - size + 1 for end, size in zip(ends, sizes, strict=True)], ends, sizes, moves]
-    table = torch.tensor(numbers).to(count.device, non_blocking=True)  # [4, S]
+    table = torch.tensor(numbers, device="cpu").to(count.device, non_blocking=True)  # [4, S]
     places = torch.searchsorted(count, table[:2])  # of each span's first and last token
     first, last = places[0], places[1]
     rows = torch.searchsorted(bounds, places, right=True)
     one_run = (last - first < table[2]) & (rows[0] == rows[1])
-    stand_well = one_run.all() & (count[-1] == ends[-1])
+    stand_well = one_run.all()
     if len(kind.spans) > len(kind.sides):  # some grid has several
-        same_grid = torch.tensor(kind.grids).diff() == 0
+        same_grid = torch.tensor(kind.grids, device="cpu").diff() == 0
         same_grid = same_grid.to(count.device, non_blocking=True)
-        stand_well = stand_well & ~(same_grid & (first[1:] == last[:-1] + 1)).any()
+        apart = (first[1:] > last[:-1] + 1) & (rows[0, 1:] == rows[0, :-1])
+        stand_well = stand_well & (apart | ~same_grid).all()
     return last.clamp(max=len(count) - 1), table[3], stand_well
 
 
@@ -199,7 +212,7 @@ def _stop_at_misfit(fits: Tensor, tokens: _Tokens, visuals: list[Visuals]) -> No
         told = "token types and grids do not fit: call with token types on the CPU to see the row"
         torch._assert_async(fits, told)  # pyright: ignore[reportPrivateImportUsage]
     elif device != "meta" and not fits:
-        raise ValueError(first_misfit(tokens.kept().tolist(), tokens.offsets.tolist(), visuals))
+        raise ValueError(first_misfit(tokens.kept(), tokens.offsets.tolist(), visuals))
 
 
 def _visuals(
@@ -210,17 +223,25 @@ def _visuals(
     second_per_grid_ts: Tensor | Sequence[float] | None,
 ) -> list[Visuals]:
     """The spans of images and of clips, of kinds that have any."""
+    num_clips = 0 if grids[1] is None else len(grids[1])
+    if second_per_grid_ts is not None and len(second_per_grid_ts) and not num_clips:
+        raise ValueError(f"second_per_grid_ts is set ({second_per_grid_ts}), but there is no clip")
     found = []
     for kind, grid_thw in zip((IMAGE, VIDEO), grids, strict=True):
         if grid_thw is None or len(grid_thw) == 0:
             continue
+        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
+            raise ValueError(
+                f"{KINDS[kind]}_grid_thw must be whole numbers [grids, 3], received "
+                f"{grid_thw.dtype} {list(grid_thw.shape)}"
+            )
         visuals = Visuals(kind, grid_thw.tolist())
         times = _seconds(second_per_grid_ts, len(grid_thw), kind, scheme)
         for grid, ((frames, height, width), seconds) in enumerate(
             zip(visuals.sides, times, strict=True)
         ):
             if frames < 1 or min(height, width) < merge or height % merge or width % merge:
-                where = row_of_placeholder(tokens.kept(), tokens.offsets, kind, visuals.num_tokens)
+                where = row_of_placeholder(tokens.of_kind(kind), tokens.offsets, visuals.num_tokens)
                 raise ValueError(
                     f"{where}: {KINDS[kind]} grid {grid} is {visuals.sides[grid]}: its sides must "
                     f"be positive, height and width multiples of the merge size {merge}"
@@ -236,7 +257,8 @@ def _visuals(
 def _spans(
     scheme: Scheme, kind: int, frames: int, height: int, width: int, seconds: float | None
 ) -> tuple[Span, ...]:
-    return scheme.spans(kind, frames, height, width, seconds)
+    with torch.device("cpu"):  # whatever the caller's default is: spans outlive it
+        return scheme.spans(kind, frames, height, width, seconds)
 
 
 def forget_grids() -> None:
@@ -251,11 +273,11 @@ def _seconds(
     if given is None or kind != VIDEO:
         return [None] * num_grids
     seconds = given.tolist() if isinstance(given, Tensor) else list(given)
-    if not scheme.needs_seconds:
-        raise ValueError(f"second_per_grid_ts is set, but {scheme} has no use for time in seconds")
-    if len(seconds) != num_grids or min(seconds) < 0:
+    if len(seconds) != num_grids or not all(0 <= time < math.inf for time in seconds):
         raise ValueError(
             f"second_per_grid_ts must hold a time of at least 0 for each of {num_grids} clips, "
             f"received {seconds}"
         )
+    if not scheme.needs_seconds:
+        raise ValueError(f"second_per_grid_ts is set, but {scheme} has no use for time in seconds")
     return seconds

@@ -18,7 +18,6 @@ from torch import Tensor
 from .rotary import interleaved, sectioned, spatial_first
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
-PADDING = -100  # what an attention mask leaves out; never a type that a caller gives
 KINDS = {IMAGE: "image", VIDEO: "video"}
 Sections = tuple[int, int, int]
 
@@ -114,7 +113,11 @@ class Qwen2_5VL(Qwen2VL):  # noqa: N801
             published models, 4 in the library's default configuration. Times are rounded down.
     """
 
-    tokens_per_second: float = 2
+    tokens_per_second: int | float = 2
+
+    def __post_init__(self) -> None:
+        if not self.tokens_per_second > 0:
+            raise ValueError(f"tokens_per_second must be above 0, not {self.tokens_per_second!r}")
 
     @property
     def needs_seconds(self) -> bool:
@@ -143,8 +146,9 @@ class Qwen3VL(Scheme):
         width: int,
         seconds: float | None,
     ) -> tuple[Span, ...]:
-        frame = Span(_coordinates(torch.zeros(1).long(), height, width), max(height, width))
-        return (frame,) * frames
+        times = torch.arange(frames if kind == IMAGE else 1)
+        span = Span(_coordinates(times, height, width), max(height, width))
+        return (span,) * (1 if kind == IMAGE else frames)
 
     def axes(self, sections: Sequence[int]) -> Tensor:
         return interleaved(sections)
@@ -169,7 +173,7 @@ class VideoRoPE(Scheme):
     temporal_spacing: int = 2
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temporal_spacing, int) or self.temporal_spacing < 1:
+        if type(self.temporal_spacing) is not int or self.temporal_spacing < 1:
             raise ValueError(
                 "temporal_spacing must be a whole number of at least 1, so that no two steps "
                 f"share a position, not {self.temporal_spacing!r}"
@@ -218,10 +222,13 @@ def scheme_of(scheme: str | Scheme | Mapping[str, Any]) -> Scheme:
     name = settings.pop("scheme", None)
     if name not in SCHEMES:
         raise ValueError(f"scheme {name!r} is none of {', '.join(SCHEMES)}")
-    try:
-        return replace(SCHEMES[name], **settings)
-    except TypeError:
-        raise ValueError(f"scheme {name!r} has no settings {sorted(settings)}") from None
+    known = {field.name for field in fields(SCHEMES[name])}
+    if settings.keys() - known:
+        raise ValueError(
+            f"scheme {name!r} has no settings {sorted(settings.keys() - known)}, only "
+            f"{sorted(known)}"
+        )
+    return replace(SCHEMES[name], **settings)
 
 
 def described(scheme: Scheme) -> dict[str, Any]:
@@ -252,6 +259,6 @@ def _coordinates(times: Tensor, height: int, width: int) -> Tensor:
 
 
 def _shared(num_frequencies: int, temporal: float) -> Sections:
-    """Height and width alike, and about `temporal` of all frequencies for time."""
-    spatial = round(num_frequencies * (1 - temporal) / 2)
+    """Height and width alike, and about `temporal` of all frequencies for time: at least one."""
+    spatial = min(round(num_frequencies * (1 - temporal) / 2), (num_frequencies - 1) // 2)
     return num_frequencies - 2 * spatial, spatial, spatial

@@ -13,8 +13,7 @@ from colfolio.mrope import (
     position_ids,
 )
 
-# by its class, so that a default of the wrong type is seen in test_schemes.py and not here
-SECONDS = Qwen2_5VL(tokens_per_second=2.0)
+SECONDS = "qwen2_5_vl"
 
 
 def grid_thw(grids):
@@ -74,6 +73,11 @@ def test_an_image_between_clips_takes_no_time_of_theirs():
         [row], [[1, 2, 2]], [[2, 2, 2], [2, 2, 2]], scheme=SECONDS, second_per_grid_ts=[1.5, 4.0]
     )[0]
     assert temporal.tolist() == [0, 3, 1, 2, 10]
+
+
+def test_steps_of_an_image_are_not_spread_over_time():
+    temporal = positions_of([[IMAGE] * 3], [[3, 2, 2]], scheme=Qwen2_5VL(tokens_per_second=9))[0]
+    assert temporal.tolist() == [0, 1, 2]
 
 
 def test_frames_of_videorope_are_centred_on_their_time():
@@ -292,46 +296,50 @@ def test_padded_token_types_have_two_dimensions():
         padded_position_ids(torch.zeros(3, dtype=torch.int64))
 
 
-@pytest.mark.xfail(strict=True, reason="PADDING given by a caller is taken for padding")
 def test_the_number_that_stands_for_padding_is_an_unknown_type_like_any_other():
     with pytest.raises(ValueError, match=r"^row 1: token 1 has type -100"):
         positions_of([[TEXT], [TEXT, -100]])
 
 
-@pytest.mark.xfail(strict=True, reason="raises RuntimeError: allocated size does not match")
-@pytest.mark.parametrize("offsets", [[0, 2], [0, 5], [1, 3], [0, 2, 1, 3], [[0, 3]]])
-def test_offsets_that_do_not_cut_the_tokens_into_rows_are_refused(offsets):
-    with pytest.raises(ValueError, match="offsets"):
-        position_ids(torch.zeros(3, dtype=torch.int64), torch.tensor(offsets))
+@pytest.mark.parametrize("offsets", [[0, 2], [0, 5], [], [1, 3], [0, 2, 1, 3]])
+def test_offsets_that_do_not_cut_all_tokens_into_rows_are_refused(offsets):
+    with pytest.raises(ValueError, match=r"offsets must start at 0, never fall.* 3; received"):
+        position_ids(torch.zeros(3, dtype=torch.int64), torch.tensor(offsets, dtype=torch.int64))
 
 
-@pytest.mark.xfail(strict=True, reason="times become the smallest int64")
+def test_frames_of_one_clip_in_two_rows_are_refused():
+    with pytest.raises(ValueError, match=r"^row 1: video grid 0 .*one before it"):
+        positions_of([[VIDEO, TEXT], [TEXT, VIDEO]], [], [[2, 2, 2]], scheme="qwen3_vl")
+
+
+@pytest.mark.parametrize("grids", [torch.ones(3).long(), torch.ones(2, 2).long(), torch.ones(1, 3)])
+def test_grids_of_another_form_are_refused(grids):
+    with pytest.raises(ValueError, match=r"image_grid_thw must be whole numbers \[grids, 3\]"):
+        position_ids(torch.ones(1, dtype=torch.int64), torch.tensor([0, 1]), grids)
+
+
 @pytest.mark.parametrize("seconds", [float("nan"), float("inf")])
 def test_seconds_that_are_no_number_are_refused(seconds):
     with pytest.raises(ValueError, match="second_per_grid_ts"):
         positions_of([[VIDEO] * 2], [], [[2, 2, 2]], scheme=SECONDS, second_per_grid_ts=[seconds])
 
 
-@pytest.mark.xfail(strict=True, reason="not looked at where there is no clip")
 @pytest.mark.parametrize("scheme", ["qwen2_vl", SECONDS])
 def test_seconds_without_a_clip_are_refused(scheme):
     with pytest.raises(ValueError, match="second_per_grid_ts"):
         positions_of([[IMAGE]], [[1, 2, 2]], scheme=scheme, second_per_grid_ts=[1.0])
 
 
-@pytest.mark.xfail(strict=True, reason="row_of_placeholder reads the tokens")
 def test_a_grid_that_does_not_divide_is_named_where_tokens_cannot_be_read():
     with pytest.raises(ValueError, match=r"image grid 0 is \[1, 3, 4\]"):
         position_ids(torch.ones(3).long().to("meta"), offsets_of([3]), grid_thw([[1, 3, 4]]))
 
 
-@pytest.mark.xfail(strict=True, reason="the message counts 0 grids before it, none of them whole")
 def test_a_clip_of_qwen3_vl_that_lacks_a_frame_is_named_with_the_number_of_frames():
     with pytest.raises(ValueError, match=r"video grid 0 .*1 of (its )?2 frames"):
         positions_of([[TEXT, VIDEO, TEXT]], [], [[2, 2, 2]], scheme="qwen3_vl")
 
 
-@pytest.mark.xfail(strict=True, reason="coordinates are made, and kept, on the default device")
 def test_a_default_device_changes_nothing_now_or_later():
     types, offsets, grids = packed([[IMAGE] * 5]), offsets_of([5]), grid_thw([[1, 2, 10]])
     with torch.device("meta"):
