@@ -153,6 +153,20 @@ def evaluate(
 
 
 @app.command()
+def positions(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, of any library.")],
+    image: Annotated[Path | None, typer.Option(help="Ask with this image.")] = None,
+    video: Annotated[Path | None, typer.Option(help="Ask with this clip.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
+) -> None:
+    """Say which positions a model really uses; exit 1 if they are wrong."""
+    from colfolio.commands.positions import positions_command
+
+    if not positions_command(model, image, video, revision):
+        raise typer.Exit(1)
+
+
+@app.command()
 def index(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     documents: Annotated[str, typer.Argument(help="Folder of documents, or a dataset.")],

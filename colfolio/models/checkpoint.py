@@ -92,8 +92,13 @@ def save_parts(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def local_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
+def local_folder(
+    path_or_id: str | Path, revision: str | None = None, *, with_weights: bool = True
+) -> Path:
     """The folder of a checkpoint; a hub id is fetched, or found in the local cache.
+
+    Args:
+        with_weights: of a hub id; without, its JSON files alone are fetched.
 
     Raises:
         CheckpointError: it is neither a folder nor a hub id that can be reached.
@@ -104,10 +109,9 @@ def local_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     name = str(path_or_id)
     if name.startswith((".", "/")) or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such folder, and not a hub id of the form owner/name")
+    files = ["*.json", "*.safetensors"] if with_weights else ["*.json"]
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"])
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(

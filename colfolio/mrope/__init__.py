@@ -1,5 +1,8 @@
 """M-RoPE by itself: imports torch only, so that the folder can be copied into another project."""
 
+from .faults import FAULTS, Finding, Verdict
+from .graft import MultimodalRotary, graft, ungraft
+from .guard import Watch, watch
 from .positions import padded_position_ids, position_ids
 from .rotary import cos_sin, inverse_frequencies, rotate
 from .schemes import (
@@ -18,21 +21,29 @@ from .schemes import (
 )
 
 __all__ = [
+    "FAULTS",
     "IMAGE",
     "SCHEMES",
     "TEXT",
     "VIDEO",
+    "Finding",
+    "MultimodalRotary",
     "Qwen2VL",
     "Qwen2_5VL",
     "Qwen3VL",
     "Scheme",
     "Span",
+    "Verdict",
     "VideoRoPE",
+    "Watch",
     "cos_sin",
     "described",
+    "graft",
     "inverse_frequencies",
     "padded_position_ids",
     "position_ids",
     "rotate",
     "scheme_of",
+    "ungraft",
+    "watch",
 ]
