@@ -21,18 +21,26 @@ class Visuals:
         kind: `IMAGE` or `VIDEO`.
         sides: patches in time, height and width of each grid.
         spans: of all grids, behind one another.
+        sizes: tokens of each span.
         grids: which grid each span belongs to.
     """
 
     kind: int
     sides: list[list[int]]
     spans: list[Span] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
     grids: list[int] = field(default_factory=list)
+
+    def add(self, grid: int, spans: tuple[Span, ...]) -> None:
+        """Put the spans of the next grid behind those that are there."""
+        self.spans.extend(spans)
+        self.sizes.extend([span.size for span in spans])
+        self.grids.extend([grid] * len(spans))
 
     @property
     def num_tokens(self) -> int:
         """Placeholders that all spans need."""
-        return sum(span.size for span in self.spans)
+        return sum(self.sizes)
 
 
 def first_misfit(types: list[int | None], offsets: list[int], visuals: list[Visuals]) -> str:
@@ -99,7 +107,7 @@ class _Waiting:
                 f"token {place - begin} is a placeholder of {name}s, but belongs to no grid: "
                 f"all {len(visuals.sides)} of {name}_grid_thw are taken"
             )
-        grid, size = visuals.grids[self.next], visuals.spans[self.next].size
+        grid, size = visuals.grids[self.next], visuals.sizes[self.next]
         run = 0
         while place + run < end and run < size and types[place + run] == visuals.kind:
             run += 1

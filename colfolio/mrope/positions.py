@@ -189,15 +189,15 @@ def _ends(kind: Visuals, count: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor,
     Args:
         count: int64 `[N]`, tokens of this kind up to and including each.
     """
-    ends = list(accumulate(span.size for span in kind.spans))
-    sizes, moves = [span.size for span in kind.spans], [span.advance for span in kind.spans]
-    numbers = [[end - size + 1 for end, size in zip(ends, sizes, strict=True)], ends, sizes, moves]
+    ends, sizes = list(accumulate(kind.sizes)), kind.sizes
+    begins = [end - size + 1 for end, size in zip(ends, sizes, strict=True)]
+    numbers = [begins, ends, sizes, [span.advance for span in kind.spans]]
     table = torch.tensor(numbers, device="cpu").to(count.device, non_blocking=True)  # [4, S]
     places = torch.searchsorted(count, table[:2])  # of each span's first and last token
     first, last = places[0], places[1]
     rows = torch.searchsorted(bounds, places, right=True)
     one_run = (last - first < table[2]) & (rows[0] == rows[1])
-    stand_well = one_run.all()
+    stand_well = one_run.all() & (count[-1] == ends[-1])
     if len(kind.spans) > len(kind.sides):  # some grid has several
         same_grid = torch.tensor(kind.grids, device="cpu").diff() == 0
         same_grid = same_grid.to(count.device, non_blocking=True)
@@ -247,8 +247,7 @@ def _visuals(
                     f"be positive, height and width multiples of the merge size {merge}"
                 )
             spans = _spans(scheme, kind, frames, height // merge, width // merge, seconds)
-            visuals.spans.extend(spans)
-            visuals.grids.extend([grid] * len(spans))
+            visuals.add(grid, spans)
         found.append(visuals)
     return found
 

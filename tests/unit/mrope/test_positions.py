@@ -307,6 +307,11 @@ def test_offsets_that_do_not_cut_all_tokens_into_rows_are_refused(offsets):
         position_ids(torch.zeros(3, dtype=torch.int64), torch.tensor(offsets, dtype=torch.int64))
 
 
+def test_a_placeholder_of_the_wrong_kind_is_refused_where_the_number_of_both_fits():
+    with pytest.raises(ValueError, match=r"^row 0: token 4 is a placeholder of videos, but"):
+        positions_of([[VIDEO] * 5], [[1, 2, 2]], [[1, 4, 4]])
+
+
 def test_frames_of_one_clip_in_two_rows_are_refused():
     with pytest.raises(ValueError, match=r"^row 1: video grid 0 .*one before it"):
         positions_of([[VIDEO, TEXT], [TEXT, VIDEO]], [], [[2, 2, 2]], scheme="qwen3_vl")
