@@ -80,6 +80,7 @@ class Packed:
         patches: `[patches, channels * temporal_patch * patch * patch]`, the visual input of all
             rows in order; no rows for text.
         grid_thw: int64 `[grids, 3]` on the CPU: patches in time, height and width of each image.
+        grid_offsets: int64 `[rows + 1]` on the CPU: which of the grids belong to each row.
     """
 
     token_ids: Int64[Tensor, " tokens"]
@@ -87,9 +88,11 @@ class Packed:
     position_ids: Int64[Tensor, "3 tokens"]
     patches: Float[Tensor, "patches patch_dim"]
     grid_thw: Int64[Tensor, "grids 3"]
+    grid_offsets: Int64[Tensor, "rows_and_one"]
 
     def __post_init__(self) -> None:
         _check_offsets(self.offsets, len(self.token_ids), "token_ids")
+        _check_offsets(self.grid_offsets, len(self.grid_thw), "grid_thw")
         found, needed = len(self.patches), int(self.grid_thw.prod(dim=1).sum())
         if found != needed:
             raise ValueError(f"grids {self.grid_thw.tolist()} need {needed} patches, found {found}")
@@ -102,6 +105,26 @@ class Packed:
         """Tokens in each row."""
         return self.offsets.diff()
 
+    def rows(self, begin: int, end: int) -> Packed:
+        """Rows `[begin, end)` as a batch of their own; its tensors are views of these.
+
+        Raises:
+            IndexError: there are no such rows.
+        """
+        if not 0 <= begin <= end <= len(self):
+            raise IndexError(f"rows {begin} to {end} of {len(self)} rows")
+        tokens = slice(int(self.offsets[begin]), int(self.offsets[end]))
+        grids = slice(int(self.grid_offsets[begin]), int(self.grid_offsets[end]))
+        patch_offsets = offsets_of(self.grid_thw.prod(dim=1))
+        return Packed(
+            self.token_ids[tokens],
+            self.offsets[begin : end + 1] - tokens.start,
+            self.position_ids[:, tokens],
+            self.patches[int(patch_offsets[grids.start]) : int(patch_offsets[grids.stop])],
+            self.grid_thw[grids],
+            self.grid_offsets[begin : end + 1] - grids.start,
+        )
+
     def to(self, device: torch.device | str) -> Packed:
         """The same sequences with their long tensors on a device; offsets and grids stay."""
         return Packed(
@@ -110,6 +133,7 @@ class Packed:
             self.position_ids.to(device, non_blocking=True),
             self.patches.to(device, non_blocking=True),
             self.grid_thw,
+            self.grid_offsets,
         )
 
 

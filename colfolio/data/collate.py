@@ -70,4 +70,5 @@ class Collator:
             scheme=self.position_scheme,
             spatial_merge_size=self.budget.merge,
         )
-        return Packed(token_ids, offsets, positions, patches, grids)
+        grids_of_rows = torch.arange(len(rows) + 1) if len(grids) else torch.zeros_like(offsets)
+        return Packed(token_ids, offsets, positions, patches, grids, grids_of_rows)

@@ -97,7 +97,11 @@ def padded_position_ids(
     rows, length = mm_token_type_ids.shape
     types = mm_token_type_ids.flatten()  # [B * L]
     offsets = torch.arange(rows + 1, device="cpu") * length
-    real = None if attention_mask is None else attention_mask.flatten().to(types.device, torch.bool)
+    real = (
+        None
+        if attention_mask is None
+        else attention_mask.flatten().to(types.device, torch.bool, non_blocking=True)
+    )
     tokens = _Tokens(types, real, offsets)
     grids = (image_grid_thw, video_grid_thw)
     visuals = _visuals(tokens, grids, scheme_of(scheme), spatial_merge_size, second_per_grid_ts)

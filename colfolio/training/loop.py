@@ -5,23 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 from torch.optim import AdamW
 
-from colfolio.batch import ContrastiveBatch
+from colfolio.batch import ContrastiveBatch, MultiVectors, Packed
 from colfolio.config import Settings
 from colfolio.data.contrastive import BatchSettings, BatchSource, DrawnBatch
 from colfolio.data.dataset import RetrievalDataset
 from colfolio.data.sampler import SamplerPosition
-from colfolio.maxsim import maxsim
 from colfolio.models.checkpoint import cast_parameters
 from colfolio.models.precision import Precision, autocast, settled_precision
 from colfolio.models.retriever import Retriever
+from colfolio.training.exact_batch import MemorySettings, exact_backward
 from colfolio.training.losses import LossSettings, ScoreSummary, check_masks, info_nce
 from colfolio.training.optim import (
     OptimiserSettings,
@@ -45,6 +45,7 @@ class TrainSettings(Settings):
     steps: int = Field(ge=1)
     seed: int = Field(default=0, ge=0)
     batch: BatchSettings = BatchSettings()
+    memory: MemorySettings = MemorySettings()
     loss: LossSettings = LossSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     precision: Precision = "auto"
@@ -129,8 +130,7 @@ def _steps(state: TrainingState, source: BatchSource) -> Iterator[StepReport]:
     begin = time.perf_counter()
     for drawn in _ahead(source.batches(state.position), settings.steps - state.step):
         rate = learning_rate(state.step, settings.steps, settings.optimiser)
-        with _seeded(settings.seed, state.step, state.retriever.device):
-            summary = _backward(state.retriever, drawn.batch, settings)
+        summary = _backward(state, drawn.batch)
         norm = optimiser_step(state.retriever, state.optimiser, rate, settings.optimiser)
         state.step += 1
         state.position = drawn.after
@@ -139,25 +139,22 @@ def _steps(state: TrainingState, source: BatchSource) -> Iterator[StepReport]:
         begin = time.perf_counter()
 
 
-@contextmanager
-def _seeded(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Dropout draws from (seed, step) alone: a resumed run drops what the unbroken one did."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int(np.random.default_rng((seed, 3, step)).integers(2**63)))
-        yield
-
-
-def _backward(
-    retriever: Retriever, batch: ContrastiveBatch, settings: TrainSettings
-) -> ScoreSummary:
+def _backward(state: TrainingState, batch: ContrastiveBatch) -> ScoreSummary:
+    """The gradient of one batch; dropout draws from (seed, step) alone, so it resumes."""
+    retriever, settings = state.retriever, state.settings
     check_masks(batch.positives, batch.ignored)
     batch = batch.to(retriever.device)
-    with autocast(settings.precision, retriever.device):
-        queries, documents = retriever(batch.queries), retriever(batch.documents)
-    scores = maxsim(queries, documents)
-    summary = info_nce(scores, batch.positives, batch.ignored, settings.loss)
-    summary.loss.backward()
-    return summary
+
+    def encode(packed: Packed) -> MultiVectors:
+        with autocast(settings.precision, retriever.device):
+            return retriever(packed)
+
+    def loss(scores: Tensor) -> ScoreSummary:
+        return info_nce(scores, batch.positives, batch.ignored, settings.loss)
+
+    seed = int(np.random.default_rng((settings.seed, 3, state.step)).integers(2**63))
+    weights = retriever.parameters()
+    return exact_backward(encode, weights, batch, loss, settings.memory, seed)
 
 
 def _report(

@@ -19,6 +19,7 @@ def packed(**changed):
         "position_ids": torch.zeros(3, 5, dtype=torch.int64),
         "patches": torch.zeros(4, 6),
         "grid_thw": torch.tensor([[1, 2, 2]]),
+        "grid_offsets": torch.tensor([0, 0, 1]),
     }
     return Packed(**(values | changed))
 
@@ -105,3 +106,19 @@ def test_moving_a_batch_keeps_offsets_and_grids():
     assert batch.documents.grid_thw.tolist() == [[1, 2, 2]]
     assert torch.equal(batch.positives, masks)
     assert torch.equal(batch.ignored, ~masks)
+
+
+def test_rows_of_a_packed_batch_are_what_was_packed_alone(shared_retriever, texts, pages):
+    collator = shared_retriever.collator
+    for pack, inputs in ((collator.queries, texts), (collator.documents, pages)):
+        together = pack(inputs)
+        for begin, end in ((0, len(inputs)), (2, 5), (1, 2), (3, 3)):
+            mine, alone = together.rows(begin, end), pack(inputs[begin:end])
+            for name in Packed.__dataclass_fields__:
+                assert torch.equal(getattr(mine, name), getattr(alone, name)), name
+
+
+@pytest.mark.parametrize(("begin", "end"), [(-1, 1), (1, 0), (0, 3)])
+def test_rows_that_are_not_there_are_named(begin, end):
+    with pytest.raises(IndexError, match=f"rows {begin} to {end} of 2 rows"):
+        packed().rows(begin, end)
