@@ -154,15 +154,18 @@ def evaluate(
 
 @app.command()
 def positions(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, of any library.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub id: Colfolio, transformers, colpali-engine.")
+    ],
     image: Annotated[Path | None, typer.Option(help="Ask with this image.")] = None,
     video: Annotated[Path | None, typer.Option(help="Ask with this clip.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="Of positions; the family's if unset.")] = None,
 ) -> None:
     """Say which positions a model really uses; exit 1 if they are wrong."""
     from colfolio.commands.positions import positions_command
 
-    if not positions_command(model, image, video, revision):
+    if not positions_command(model, image, video, revision, scheme):
         raise typer.Exit(1)
 
 

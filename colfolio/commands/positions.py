@@ -21,7 +21,7 @@ from colfolio.models.checkpoint import local_folder
 from colfolio.models.contract import CONTRACT_FILE
 from colfolio.models.retriever import Retriever
 from colfolio.models.shell import Shell, shell_of
-from colfolio.mrope import IMAGE, VIDEO, Qwen2VL, Watch, watch
+from colfolio.mrope import IMAGE, SCHEMES, VIDEO, Qwen2VL, Watch, watch
 
 _NUM_FRAMES = 6
 _MAX_FRAMES = 64
@@ -33,6 +33,7 @@ def positions_command(
     image: Path | None = None,
     video: Path | None = None,
     revision: str | None = None,
+    scheme: str | None = None,
 ) -> bool:
     """Print which positions a model uses, beside the right ones; whether they are right.
 
@@ -42,6 +43,7 @@ def positions_command(
         image: a file to ask with; without `image` and `video` blank ones are made.
         video: a clip to ask with.
         revision: of a hub id.
+        scheme: a name in `colfolio.mrope.SCHEMES`; None takes the family's.
 
     Raises:
         ColfolioError: the model or the file cannot be read, or the model takes no such input.
@@ -49,15 +51,17 @@ def positions_command(
     if image is not None and video is not None:
         raise ColfolioError("give --image or --video, not both")
     folder = local_folder(model, revision, with_weights=False)
+    if scheme is not None and scheme not in SCHEMES:
+        raise ColfolioError(f"scheme {scheme!r} is none of {', '.join(SCHEMES)}")
     if (folder / CONTRACT_FILE).is_file():
-        right = [_ask_retriever(model, revision, image, video)]
+        right = [_ask_retriever(model, revision, image, video, scheme)]
     else:
-        right = _ask_shell(shell_of(folder), image, video)
+        right = _ask_shell(shell_of(folder), image, video, scheme)
     return all(right)
 
 
 def _ask_retriever(
-    model: str, revision: str | None, image: Path | None, video: Path | None
+    model: str, revision: str | None, image: Path | None, video: Path | None, scheme: str | None
 ) -> bool:
     if video is not None:
         raise ColfolioError(f"{model}: encodes images; it takes no clips")
@@ -67,10 +71,12 @@ def _ask_retriever(
     pixels = blank if image is None else load_image(image)
     packed = retriever.collator.documents([pixels]).to(retriever.device)
     console().print(f"{model}: a retriever, as it encodes documents")
-    return _judged(retriever, lambda: retriever(packed), "image")
+    return _judged(retriever, lambda: retriever(packed), "image", scheme)
 
 
-def _ask_shell(shell: Shell, image: Path | None, video: Path | None) -> list[bool]:
+def _ask_shell(
+    shell: Shell, image: Path | None, video: Path | None, scheme: str | None
+) -> list[bool]:
     console().print(
         f"{shell.name} of transformers {transformers.__version__}, built from config.json with one "
         "layer in each tower: positions do not depend on weights"
@@ -79,11 +85,11 @@ def _ask_shell(shell: Shell, image: Path | None, video: Path | None) -> list[boo
     if video is None:
         frames = shell.blank(1) if image is None else load_image(image)[None]
         inputs = shell.inputs(frames, IMAGE)
-        right.append(_judged(shell.model, lambda: shell.model(**inputs), "image"))
+        right.append(_judged(shell.model, lambda: shell.model(**inputs), "image", scheme))
     if video is not None or (image is None and shell.takes_clips):
         clip = Clip(shell.blank(_NUM_FRAMES), _SECONDS) if video is None else _clip(video)
         clip_inputs = shell.inputs(clip.frames, VIDEO, clip.seconds_per_frame)
-        right.append(_judged(shell.model, lambda: shell.model(**clip_inputs), "clip"))
+        right.append(_judged(shell.model, lambda: shell.model(**clip_inputs), "clip", scheme))
     return right
 
 
@@ -91,10 +97,10 @@ def _clip(path: Path) -> Clip:
     return load_clip(path, max_frames=_MAX_FRAMES)
 
 
-def _judged(model: Any, call: Callable[[], object], what: str) -> bool:
+def _judged(model: Any, call: Callable[[], object], what: str, scheme: str | None) -> bool:
     """Run a call under the guard, and print its table and verdict."""
     try:
-        with torch.no_grad(), watch(model) as seen:
+        with torch.no_grad(), watch(model, scheme) as seen:
             call()
         verdict = seen.verdict
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:

@@ -40,8 +40,16 @@ def load_clip(
             high resolution fits into memory.
 
     Raises:
-        DocumentError: missing, without a picture, or damaged.
+        DocumentError: missing, without a picture, or so damaged that it cannot be decoded. Of a
+            file that is cut short in a container that allows it (Matroska), the frames that are
+            there are read.
+        ValueError: a rate, number of frames or of pixels that no clip can have.
     """
+    if not 0 < fps < math.inf or max_frames < 2 or max_pixels < 1:
+        raise ValueError(
+            "fps must be above 0, max_frames at least 2 and max_pixels at least 1, received "
+            f"{fps}, {max_frames} and {max_pixels}"
+        )
     kept: list[np.ndarray] = []
     interval, number = 1 / fps, 0
     with _video_errors(path), av.open(path) as container:
@@ -65,12 +73,13 @@ def _shown(container: InputContainer, max_pixels: int) -> Iterator[tuple[float, 
         if picture.time is None:
             continue
         begin = picture.time if begin is None else begin
-        until = picture.time - begin
         if last is not None:
-            yield until, last
+            yield picture.time - begin, last
         last = _pixels(picture, max_pixels)
+        shown_for = float((picture.duration or 0) * (picture.time_base or 0))
+        until = picture.time - begin + max(shown_for, 2 * _SAME_TIME)
     if last is not None:
-        yield until + 2 * _SAME_TIME, last
+        yield until, last
 
 
 def _pixels(picture: av.VideoFrame, max_pixels: int) -> np.ndarray:

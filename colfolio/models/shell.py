@@ -16,7 +16,7 @@ import torch
 import transformers
 from jaxtyping import UInt8
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from colfolio.data.patches import PixelBudget, to_patches
 from colfolio.errors import CheckpointError, ColfolioError
@@ -27,6 +27,9 @@ from colfolio.mrope import IMAGE, TEXT, VIDEO
 _MAX_TOKENS = 256  # of one frame: enough to tell any two grids apart
 _TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _GRID = ("patch_size", "spatial_merge_size", "temporal_patch_size", "depth")
+# classes of colpali-engine over these backbones: their forward hands all arguments on
+_ENGINE = ("ColQwen2", "ColQwen2_5", "BiQwen2", "BiQwen2_5", "ColQwen3", "BiQwen3")
+ADAPTER_FILE = "adapter_config.json"
 _NUM_TEXT = 3  # tokens of text before, behind, and where a time stamp stands
 
 
@@ -37,18 +40,20 @@ class Shell:
     Args:
         model: of the class that the configuration names, or of the one whose forward that calls.
         config: of the vision-language model inside it.
-        told: the class that the configuration names.
+        architecture: the class that the configuration names.
     """
 
     model: nn.Module
     config: Any
-    told: str
+    architecture: str
 
     @property
     def name(self) -> str:
         """Its class, and whose forward that is."""
         name = type(self.model).__name__
-        return name if self.told in ("", name) else f"{name} (whose forward {self.told} calls)"
+        if self.architecture in ("", name):
+            return name
+        return f"{name} (whose forward {self.architecture} of colpali-engine calls)"
 
     @property
     def takes_clips(self) -> bool:
@@ -128,26 +133,51 @@ def shell_of(folder: Path) -> Shell:
     """The model that a folder's `config.json` names, one layer deep and without weights.
 
     Raises:
-        CheckpointError: no configuration, one that no model can have, or one of a model that reads
-            no images.
+        CheckpointError: no configuration, one that no model can have, one of a class whose code is
+            not known here, or of a model that reads no images as the Qwen-VL families do.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no {CONFIG_FILE}, so this is no checkpoint")
+        raise CheckpointError(_without_config(folder))
     try:
         config = AutoConfig.from_pretrained(folder)
         inner = getattr(config, "vlm_config", config)
         _check_kind(inner, path)
         _cut(inner)
+        architecture = (config.architectures or [""])[0]
+        builder = _builder(architecture, path)
         with torch.device("meta"):
-            model = _built(config)
+            model = builder(config)
     except CheckpointError:
         raise
-    except (*CONFIG_ERRORS, OSError) as error:
+    except (*CONFIG_ERRORS, OSError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path}: cannot be built: {reason}") from None
-    told = (config.architectures or [""])[0]
-    return Shell(model.to_empty(device="cpu").eval(), inner, told)
+    # in float32, because a configuration may ask for half precision in one part alone
+    return Shell(model.float().to_empty(device="cpu").eval(), inner, architecture)
+
+
+def _without_config(folder: Path) -> str:
+    if (folder / ADAPTER_FILE).is_file():
+        return (
+            f"{folder}: holds an adapter; ask the model that `base_model_name_or_path` in its "
+            f"{ADAPTER_FILE} names, because adapters change no positions"
+        )
+    return f"{folder}: no {CONFIG_FILE}, so this is no checkpoint"
+
+
+def _builder(architecture: str, path: Path) -> Any:
+    """What makes a model of the class that a configuration names."""
+    known = getattr(transformers, architecture, None) if architecture else None
+    if isinstance(known, type) and issubclass(known, PreTrainedModel):
+        return known
+    if architecture and architecture not in _ENGINE:
+        raise CheckpointError(
+            f"{path}: names the class {architecture!r}, which is none of transformers; put "
+            "`colfolio.mrope.watch(model)` around a call of your own"
+        )
+    # classes of colpali-engine call the forward of their backbone
+    return AutoModel.from_config
 
 
 def _check_kind(config: Any, path: Path) -> None:
@@ -165,16 +195,9 @@ def _check_kind(config: Any, path: Path) -> None:
             f"{path}: a {config.model_type} does not read images as the Qwen-VL families do (it "
             f"has no {', '.join(missing)}); put `colfolio.mrope.watch(model)` around your own call"
         )
-
-
-def _built(config: PretrainedConfig) -> Any:
-    """A model of the class that the configuration names, if `transformers` has it.
-
-    Otherwise its backbone: the classes of colpali-engine call the forward of theirs.
-    """
-    name = (config.architectures or [""])[0]
-    known = getattr(transformers, name, None)
-    return AutoModel.from_config(config) if known is None else known(config)
+    sizes = {name: getattr(vision, name) for name in _GRID}
+    if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
+        raise CheckpointError(f"{path}: sizes in vision_config must be above 0, found {sizes}")
 
 
 def _cut(config: Any) -> None:

@@ -2,9 +2,17 @@
 
 from .faults import FAULTS, Finding, Verdict
 from .graft import MultimodalRotary, graft, ungraft
+from .grids import forget_grids
 from .guard import Watch, watch
 from .positions import padded_position_ids, position_ids
-from .rotary import cos_sin, inverse_frequencies, rotate
+from .rotary import (
+    cos_sin,
+    interleaved,
+    inverse_frequencies,
+    rotate,
+    sectioned,
+    spatial_first,
+)
 from .schemes import (
     IMAGE,
     SCHEMES,
@@ -38,12 +46,16 @@ __all__ = [
     "Watch",
     "cos_sin",
     "described",
+    "forget_grids",
     "graft",
+    "interleaved",
     "inverse_frequencies",
     "padded_position_ids",
     "position_ids",
     "rotate",
     "scheme_of",
+    "sectioned",
+    "spatial_first",
     "ungraft",
     "watch",
 ]

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +38,7 @@ _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def graft(
     model: nn.Module,
     scheme: str | Scheme | None = None,
-    sections: Sequence[int] | None = None,
+    sections: Sequence[int] | Tensor | None = None,
 ) -> nn.Module:
     """The model, whose decoder now also takes `position_ids` of `[3, B, L]`.
 
@@ -93,6 +95,18 @@ def ungraft(model: nn.Module) -> nn.Module:
     return model
 
 
+class _OfThread(threading.local):
+    """Rows of position ids for the call that runs in this thread; a copy starts without any."""
+
+    rows: Tensor | None = None
+
+    def __deepcopy__(self, memo: Any) -> _OfThread:
+        return _OfThread()
+
+    def __reduce__(self) -> tuple[type[_OfThread], tuple[()]]:
+        return _OfThread, ()
+
+
 class MultimodalRotary(nn.Module):
     """A rotary embedding whose frequencies read one of three position ids each.
 
@@ -115,9 +129,18 @@ class MultimodalRotary(nn.Module):
         self.sections = sections
         self.layout = layout
         self.handles: tuple[Any, ...] = ()
-        self.pending: Tensor | None = None
+        self._pending = _OfThread()
         self.register_buffer("axes", axes, persistent=False)
         self.register_buffer("column_axes", _LAYOUTS[layout](axes), persistent=False)  # [D]
+
+    @property
+    def pending(self) -> Tensor | None:
+        """Three rows `[3, B, L]` handed over for the call that runs in this thread."""
+        return self._pending.rows
+
+    @pending.setter
+    def pending(self, rows: Tensor | None) -> None:
+        self._pending.rows = rows
 
     def positions_used(self, position_ids: Tensor) -> Tensor:
         """The ids this call turns by: the three rows handed to the decoder, else those given."""
@@ -169,8 +192,11 @@ def _take_rows(
     if not isinstance(ids, Tensor) or not _has_rows(decoder, ids, given):
         return None
     rotary.pending = ids[-3:]
-    # one row makes masks: of three there is none, so the decoder counts, as without position ids
-    return (), given | {"position_ids": ids[0] if len(ids) == 4 else None}
+    if len(ids) == 3:  # no row makes masks, so the decoder counts, as without position ids
+        return (), given | {"position_ids": None}
+    # with a cache, decoders do not look for sequences packed behind one another
+    use_cache = bool(given.get("use_cache"))
+    return (), given | {"position_ids": ids[0], "use_cache": use_cache}
 
 
 def _drop_rows(decoder: Any, args: Any, output: Any) -> None:  # noqa: ARG001
@@ -336,7 +362,7 @@ def _layer_types(rotary: Any) -> list[str | None]:
 def _settings(
     decoder: Any,
     scheme: str | Scheme | None,
-    sections: Sequence[int] | None,
+    sections: Sequence[int] | Tensor | None,
     num_frequencies: int,
 ) -> tuple[Scheme, Sections]:
     """Scheme and sections: the configuration's, or those asked for where it says nothing."""
@@ -344,6 +370,11 @@ def _settings(
     if kept is None:
         chosen = scheme_of(_DEFAULT_SCHEME if scheme is None else scheme)
         return chosen, _shares(chosen, sections, num_frequencies)
+    if not isinstance(kept, Mapping):
+        raise ValueError(
+            f"mrope in the configuration of {_name(decoder)} must be a mapping with scheme and "
+            f"sections, not {kept!r}"
+        )
     settings = dict(kept)
     shares = settings.pop("sections", None)
     saved = scheme_of(settings)
@@ -360,15 +391,19 @@ def _settings(
     return saved, saved_shares
 
 
-def _shares(scheme: Scheme, sections: Sequence[int] | None, num_frequencies: int) -> Sections:
+def _shares(
+    scheme: Scheme, sections: Sequence[int] | Tensor | None, num_frequencies: int
+) -> Sections:
     if sections is None:
         return scheme.sections(num_frequencies)
-    if len(sections) != 3:
+    try:
+        # plain integers, whatever they came as: they are written into a JSON file
+        temporal, height, width = (operator.index(size) for size in sections)
+    except (TypeError, ValueError):
         raise ValueError(
-            f"sections are three sizes, time, height and width, not {tuple(sections)}: "
+            f"sections are three whole numbers, time, height and width, not {sections!r}: "
             f"e.g. {scheme.sections(num_frequencies)}"
-        )
-    temporal, height, width = sections
+        ) from None
     return temporal, height, width
 
 

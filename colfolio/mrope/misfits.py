@@ -5,42 +5,10 @@ Slow and plain, for the moment after a check has failed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from itertools import pairwise
 
-from torch import Tensor
-
-from .schemes import IMAGE, KINDS, TEXT, VIDEO, Span
-
-
-@dataclass(frozen=True, slots=True)
-class Visuals:
-    """The grids of one kind and the spans they are cut into, in the order of their placeholders.
-
-    Args:
-        kind: `IMAGE` or `VIDEO`.
-        sides: patches in time, height and width of each grid.
-        spans: of all grids, behind one another.
-        sizes: tokens of each span.
-        grids: which grid each span belongs to.
-    """
-
-    kind: int
-    sides: list[list[int]]
-    spans: list[Span] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    grids: list[int] = field(default_factory=list)
-
-    def add(self, grid: int, spans: tuple[Span, ...]) -> None:
-        """Put the spans of the next grid behind those that are there."""
-        self.spans.extend(spans)
-        self.sizes.extend([span.size for span in spans])
-        self.grids.extend([grid] * len(spans))
-
-    @property
-    def num_tokens(self) -> int:
-        """Placeholders that all spans need."""
-        return sum(self.sizes)
+from .grids import Visuals
+from .schemes import IMAGE, KINDS, TEXT, VIDEO
 
 
 def first_misfit(types: list[int | None], offsets: list[int], visuals: list[Visuals]) -> str:
@@ -61,7 +29,7 @@ def first_misfit(types: list[int | None], offsets: list[int], visuals: list[Visu
                         f"row {row}: token {place - begin} is a placeholder of {KINDS[kind]}s, but "
                         f"{KINDS[kind]}_grid_thw is missing"
                     )
-                size, misfit = waiting[kind].take(types, place, begin, end)
+                size, misfit = waiting[kind].take(types, row, place, begin, end)
                 if misfit:
                     return f"row {row}: {misfit}"
                 place += size
@@ -76,19 +44,28 @@ def first_misfit(types: list[int | None], offsets: list[int], visuals: list[Visu
     return left[0] if left else f"token types and offsets {offsets} do not fit"
 
 
-def row_of_placeholder(is_kind: Tensor, offsets: Tensor, number: int) -> str:
-    """`row r` of the placeholder of a kind with this number, or why there is none.
+def row_of_next_grid(types: list[int | None], offsets: list[int], visuals: Visuals) -> str:
+    """`row r` in which the placeholders of the next grid of a kind stand, or that there are none.
 
-    Args:
-        is_kind: bool `[tokens]`, the placeholders of the kind.
+    Raises:
+        ValueError: the grids before it do not fit; names that row.
     """
-    if is_kind.device.type == "meta":
-        return "a row whose tokens cannot be read"
-    places = is_kind.nonzero()[:, 0].tolist()
-    if number >= len(places):
-        return "no row has placeholders left for it"
-    rows = [row for row, begin in enumerate(offsets[:-1].tolist()) if begin <= places[number]]
-    return f"row {rows[-1]}"
+    waiting = _Waiting(visuals)
+    for row, (begin, end) in enumerate(pairwise(offsets)):
+        place = begin
+        while place < end:
+            if types[place] != visuals.kind:
+                place += 1
+                continue
+            if waiting.is_done:
+                return f"row {row}"
+            size, misfit = waiting.take(types, row, place, begin, end)
+            if misfit:
+                raise ValueError(f"row {row}: {misfit}")
+            place += size
+    if waiting.leftover():
+        raise ValueError(waiting.leftover())
+    return "no row has placeholders left for it"
 
 
 class _Waiting:
@@ -97,12 +74,19 @@ class _Waiting:
     def __init__(self, visuals: Visuals) -> None:
         self.visuals = visuals
         self.next = 0
-        self.last_end: int | None = None
+        self.last_end = -1
+        self.last_row = -1
 
-    def take(self, types: list[int | None], place: int, begin: int, end: int) -> tuple[int, str]:
+    @property
+    def is_done(self) -> bool:
+        return self.next == len(self.visuals.spans)
+
+    def take(
+        self, types: list[int | None], row: int, place: int, begin: int, end: int
+    ) -> tuple[int, str]:
         """Tokens that the next span takes from `place` on, and what is wrong with them, if so."""
         visuals, name = self.visuals, KINDS[self.visuals.kind]
-        if self.next == len(visuals.spans):
+        if self.is_done:
             return 0, (
                 f"token {place - begin} is a placeholder of {name}s, but belongs to no grid: "
                 f"all {len(visuals.sides)} of {name}_grid_thw are taken"
@@ -117,29 +101,37 @@ class _Waiting:
                 f"{told} needs {size} placeholder tokens in one run from token {place - begin} on, "
                 f"found {run}"
             )
-        if self.next and visuals.grids[self.next - 1] == grid and self.last_end is not None:
-            if self.last_end <= begin:
-                return 0, f"{told} has frames in this row and in one before it"
+        if self.next and visuals.grids[self.next - 1] == grid:
+            if self.last_row != row:
+                return 0, f"{told} has frames in this row and in row {self.last_row}"
             if self.last_end == place:
                 return 0, (
                     f"{told} has two frames without text between at token {place - begin}; its "
                     "scheme tells their time by text"
                 )
-        self.next, self.last_end = self.next + 1, place + size
+        self.next, self.last_end, self.last_row = self.next + 1, place + size, row
         return size, ""
 
     def leftover(self) -> str:
+        """Which grid no placeholders are left for, and behind which row; nothing if none is."""
         visuals, name = self.visuals, KINDS[self.visuals.kind]
-        if self.next == len(visuals.spans):
+        if self.is_done:
             return ""
         grid = visuals.grids[self.next]
+        told = f"{name} grid {grid} ({visuals.sides[grid]})"
         num_found = visuals.grids[: self.next].count(grid)
         if num_found:
+            num_frames = visuals.grids.count(grid)
             return (
-                f"{name} grid {grid} ({visuals.sides[grid]}) has placeholders for {num_found} of "
-                f"its {visuals.grids.count(grid)} frames"
+                f"row {self.last_row}: {told} has placeholders for {num_found} of its "
+                f"{num_frames} frames"
+            )
+        if self.last_row < 0:
+            return (
+                f"{told} is left over: no row has placeholders of {name}s (token type "
+                f"{self.visuals.kind})"
             )
         return (
-            f"{name} grid {grid} ({visuals.sides[grid]}) is left over: the placeholders of all "
-            f"rows are taken by the {grid} grids before it"
+            f"{told} is left over: behind row {self.last_row}, with grid {grid - 1}, no row has "
+            f"placeholders of {name}s"
         )

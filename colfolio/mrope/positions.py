@@ -12,17 +12,15 @@ Letters: N tokens of all sequences, B sequences, L padded length, G grids, S spa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from .misfits import Visuals, first_misfit, row_of_placeholder
-from .schemes import IMAGE, KINDS, TEXT, VIDEO, Scheme, Span, scheme_of
+from .grids import GridError, Tokens, Visuals, check_tokens, visuals_of
+from .misfits import first_misfit, row_of_next_grid
+from .schemes import TEXT, Scheme, scheme_of
 
 
 def position_ids(
@@ -54,14 +52,10 @@ def position_ids(
         ValueError: grids and placeholders do not fit each other; names the row. A misfit of token
             types on a CUDA device stops the kernel instead: to name it would wait for the device.
     """
-    if offsets.device.type == "cpu" and not _cover(offsets, len(token_types)):
-        raise ValueError(
-            f"offsets must start at 0, never fall, and end at the number of tokens, "
-            f"{len(token_types)}; received {offsets.tolist()}"
-        )
-    tokens = _Tokens(token_types, None, offsets)
+    check_tokens(token_types, offsets)
+    tokens = Tokens(token_types, None, offsets)
     grids = (image_grid_thw, video_grid_thw)
-    visuals = _visuals(tokens, grids, scheme_of(scheme), spatial_merge_size, second_per_grid_ts)
+    visuals = _fitting(tokens, grids, scheme, spatial_merge_size, second_per_grid_ts)
     return _placed(tokens, visuals)
 
 
@@ -95,52 +89,34 @@ def padded_position_ids(
             f"{list(mm_token_type_ids.shape)} and {mask_shape and list(mask_shape)}"
         )
     rows, length = mm_token_type_ids.shape
-    types = mm_token_type_ids.flatten()  # [B * L]
+    types, real = mm_token_type_ids.flatten(), None  # [B * L]
+    if attention_mask is not None:
+        real = attention_mask.flatten().to(types.device, torch.bool, non_blocking=True)
     offsets = torch.arange(rows + 1, device="cpu") * length
-    real = (
-        None
-        if attention_mask is None
-        else attention_mask.flatten().to(types.device, torch.bool, non_blocking=True)
-    )
-    tokens = _Tokens(types, real, offsets)
+    tokens = Tokens(types, real, offsets)
     grids = (image_grid_thw, video_grid_thw)
-    visuals = _visuals(tokens, grids, scheme_of(scheme), spatial_merge_size, second_per_grid_ts)
+    visuals = _fitting(tokens, grids, scheme, spatial_merge_size, second_per_grid_ts)
     return _placed(tokens, visuals).unflatten(1, (rows, length))
 
 
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    """Types int `[N]`, which of them are real (None: all), and where each sequence begins."""
-
-    types: Tensor
-    real: Tensor | None
-    offsets: Tensor
-
-    def of_kind(self, kind: int) -> Tensor:
-        """Which tokens are real and of this type: bool `[N]`."""
-        found = self.types == kind
-        return found if self.real is None else found.logical_and_(self.real)
-
-    def num_real(self) -> Tensor | int:
-        return len(self.types) if self.real is None else self.real.sum()
-
-    def kept(self) -> list[int | None]:
-        """The types, None where no token is real."""
-        types = self.types.tolist()
-        real = [True] * len(types) if self.real is None else self.real.tolist()
-        return [kind if is_real else None for kind, is_real in zip(types, real, strict=True)]
+def _fitting(
+    tokens: Tokens,
+    grids: tuple[Tensor | None, Tensor | None],
+    scheme: str | Scheme,
+    merge: int,
+    second_per_grid_ts: Tensor | Sequence[float] | None,
+) -> list[Visuals]:
+    """The spans of all grids; a grid that cannot be cut is refused with the row it stands in."""
+    try:
+        return visuals_of(grids, scheme_of(scheme), merge, second_per_grid_ts)
+    except GridError as bad:
+        if tokens.types.device.type == "meta":
+            raise
+        row = row_of_next_grid(tokens.kept(), tokens.offsets.tolist(), bad.before)
+        raise ValueError(f"{row}: {bad}") from None
 
 
-def _cover(offsets: Tensor, num_tokens: int) -> bool:
-    return (
-        len(offsets) > 0
-        and bool(offsets[0] == 0)
-        and bool(offsets[-1] == num_tokens)
-        and not (offsets.diff() < 0).any()
-    )
-
-
-def _placed(tokens: _Tokens, visuals: list[Visuals]) -> Tensor:
+def _placed(tokens: Tokens, visuals: list[Visuals]) -> Tensor:
     """Positions int64 `[3, N]`: where each token's sequence stands, and its place in its grid."""
     if visuals and len(tokens.types) == 0:
         raise ValueError(first_misfit([], tokens.offsets.tolist(), visuals))
@@ -210,77 +186,10 @@ def _ends(kind: Visuals, count: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor,
     return last.clamp(max=len(count) - 1), table[3], stand_well
 
 
-def _stop_at_misfit(fits: Tensor, tokens: _Tokens, visuals: list[Visuals]) -> None:
+def _stop_at_misfit(fits: Tensor, tokens: Tokens, visuals: list[Visuals]) -> None:
     device = tokens.types.device.type
     if device == "cuda":
         told = "token types and grids do not fit: call with token types on the CPU to see the row"
         torch._assert_async(fits, told)  # pyright: ignore[reportPrivateImportUsage]
     elif device != "meta" and not fits:
         raise ValueError(first_misfit(tokens.kept(), tokens.offsets.tolist(), visuals))
-
-
-def _visuals(
-    tokens: _Tokens,
-    grids: tuple[Tensor | None, Tensor | None],
-    scheme: Scheme,
-    merge: int,
-    second_per_grid_ts: Tensor | Sequence[float] | None,
-) -> list[Visuals]:
-    """The spans of images and of clips, of kinds that have any."""
-    num_clips = 0 if grids[1] is None else len(grids[1])
-    if second_per_grid_ts is not None and len(second_per_grid_ts) and not num_clips:
-        raise ValueError(f"second_per_grid_ts is set ({second_per_grid_ts}), but there is no clip")
-    found = []
-    for kind, grid_thw in zip((IMAGE, VIDEO), grids, strict=True):
-        if grid_thw is None or len(grid_thw) == 0:
-            continue
-        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
-            raise ValueError(
-                f"{KINDS[kind]}_grid_thw must be whole numbers [grids, 3], received "
-                f"{grid_thw.dtype} {list(grid_thw.shape)}"
-            )
-        visuals = Visuals(kind, grid_thw.tolist())
-        times = _seconds(second_per_grid_ts, len(grid_thw), kind, scheme)
-        for grid, ((frames, height, width), seconds) in enumerate(
-            zip(visuals.sides, times, strict=True)
-        ):
-            if frames < 1 or min(height, width) < merge or height % merge or width % merge:
-                where = row_of_placeholder(tokens.of_kind(kind), tokens.offsets, visuals.num_tokens)
-                raise ValueError(
-                    f"{where}: {KINDS[kind]} grid {grid} is {visuals.sides[grid]}: its sides must "
-                    f"be positive, height and width multiples of the merge size {merge}"
-                )
-            spans = _spans(scheme, kind, frames, height // merge, width // merge, seconds)
-            visuals.add(grid, spans)
-        found.append(visuals)
-    return found
-
-
-@lru_cache(maxsize=256)
-def _spans(
-    scheme: Scheme, kind: int, frames: int, height: int, width: int, seconds: float | None
-) -> tuple[Span, ...]:
-    with torch.device("cpu"):  # whatever the caller's default is: spans outlive it
-        return scheme.spans(kind, frames, height, width, seconds)
-
-
-def forget_grids() -> None:
-    """Free the coordinates that are kept for grids seen before."""
-    _spans.cache_clear()
-
-
-def _seconds(
-    given: Tensor | Sequence[float] | None, num_grids: int, kind: int, scheme: Scheme
-) -> list[float] | list[None]:
-    """Seconds a temporal step of each grid of a kind."""
-    if given is None or kind != VIDEO:
-        return [None] * num_grids
-    seconds = given.tolist() if isinstance(given, Tensor) else list(given)
-    if len(seconds) != num_grids or not all(0 <= time < math.inf for time in seconds):
-        raise ValueError(
-            f"second_per_grid_ts must hold a time of at least 0 for each of {num_grids} clips, "
-            f"received {seconds}"
-        )
-    if not scheme.needs_seconds:
-        raise ValueError(f"second_per_grid_ts is set, but {scheme} has no use for time in seconds")
-    return seconds

@@ -10,6 +10,7 @@ Letters: N tokens, F frequencies (half of the dimensions that turn), D dimension
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,10 +28,12 @@ def inverse_frequencies(head_size: int, theta: float = 1_000_000.0) -> Tensor:
         theta: base of the frequencies; 1,000,000 in Qwen2-VL.
 
     Raises:
-        ValueError: an odd head size.
+        ValueError: an odd head size, or a base that is no positive number.
     """
     if head_size < 2 or head_size % 2:
         raise ValueError(f"pairs of dimensions turn, so head_size must be even, not {head_size}")
+    if not 0 < theta < math.inf:
+        raise ValueError(f"theta must be above 0 and finite, not {theta}")
     return 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
 
 
@@ -96,7 +99,17 @@ def cos_sin(
         position_ids: `[3, ...]` for `axes`, or `[...]` without: one-dimensional RoPE.
         inv_freq: float32 `[F]`, of `inverse_frequencies`.
         axes: int64 `[F]`, which of the three positions turns each frequency.
+
+    Raises:
+        ValueError: position ids without three rows, or axes that do not fit the frequencies.
     """
+    if axes is not None and (position_ids.ndim < 1 or len(position_ids) != 3):
+        raise ValueError(
+            f"with axes, position_ids must be [3, ...], received {list(position_ids.shape)}; of "
+            "four rows, text first, pass the last three"
+        )
+    if axes is not None and axes.shape != inv_freq.shape:
+        raise ValueError(f"{list(axes.shape)} axes do not fit {list(inv_freq.shape)} frequencies")
     inv_freq = inv_freq.to(position_ids.device, torch.float32)
     if axes is None:
         angles = position_ids.float().unsqueeze(-1) * inv_freq  # [..., F]
@@ -117,12 +130,14 @@ def rotate(
 
     Args:
         queries, keys: `[..., D]` with `D >= 2 F` and a dimension of heads.
-        cos, sin: `[..., F]`, as queries without heads; they get no gradient.
+        cos, sin: `[..., F]`, as queries without heads, or 1 where they are alike; they get no
+            gradient.
         heads_dim: where `queries` and `keys` have their heads: 1 in `[batch, heads, length, D]`
             and in `[N, heads, D]`.
 
     Raises:
-        ValueError: heads smaller than the angles, or angles that need a gradient.
+        ValueError: heads smaller than the angles, shapes or dtypes that do not fit, or angles that
+            need a gradient.
     """
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("cos and sin need a gradient; rotate has none for learned frequencies")
@@ -131,26 +146,54 @@ def rotate(
             f"{cos.shape[-1]} frequencies turn {2 * cos.shape[-1]} dimensions, but heads have "
             f"{queries.shape[-1]} (queries) and {keys.shape[-1]} (keys)"
         )
+    for name, states in (("queries", queries), ("keys", keys)):
+        without_heads = [*states.shape[:heads_dim], *states.shape[heads_dim + 1 : -1]]
+        pairs = zip(cos.shape[:-1], without_heads, strict=False)
+        if (
+            cos.shape != sin.shape
+            or cos.ndim != len(without_heads) + 1
+            or any(angles not in (1, size) for angles, size in pairs)
+        ):
+            raise ValueError(
+                f"cos {list(cos.shape)} and sin {list(sin.shape)} do not fit {name} "
+                f"{list(states.shape)} with heads in dimension {heads_dim}: they need "
+                f"{[*without_heads, cos.shape[-1]]}"
+            )
+        if not states.is_floating_point():
+            raise ValueError(f"{name} must be floating point, not {states.dtype}")
     cos, sin = cos.unsqueeze(heads_dim), sin.unsqueeze(heads_dim)
     return _rotated(queries, cos, sin), _rotated(keys, cos, sin)
 
 
 def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _Rotation.apply(states, cos.to(states.dtype), sin.to(states.dtype))
+    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
+    if torch.compiler.is_compiling():  # a compiler fuses the plain formula, and trips over ours
+        return _turned_plainly(states, cos, sin)
+    turned = _Rotation.apply(states, cos, sin)
+    assert isinstance(turned, Tensor)
+    return turned
 
 
 class _Rotation(torch.autograd.Function):
     """Rotation whose gradient is the opposite rotation."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
+    def forward(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return _turned(states, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, None, None]:
         cos, sin = ctx.saved_tensors
         return _Rotation.apply(gradients[0], cos, -sin), None, None
+
+
+def _turned_plainly(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second, rest = states.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
 def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

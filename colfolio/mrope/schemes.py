@@ -7,6 +7,7 @@ frequency of the rotation one of the three axes. Text is the same in all: one st
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -52,8 +53,9 @@ class Scheme(ABC):
 
         Args:
             kind: `IMAGE` or `VIDEO`.
-            frames, height, width: its sides in merged tokens.
-            seconds: between two temporal steps of the grid; None if not known.
+            frames: temporal steps of the grid; one may hold several pictures of a clip.
+            height, width: its sides in merged tokens.
+            seconds: between two temporal steps; None if not known.
         """
 
     @abstractmethod
@@ -62,7 +64,11 @@ class Scheme(ABC):
 
     @abstractmethod
     def sections(self, num_frequencies: int) -> Sections:
-        """The published share of each axis, scaled to so many frequencies (half a head)."""
+        """The published share of each axis, scaled to so many frequencies (half a head).
+
+        Raises:
+            ValueError: fewer than three frequencies.
+        """
 
     @property
     def needs_seconds(self) -> bool:
@@ -116,8 +122,10 @@ class Qwen2_5VL(Qwen2VL):  # noqa: N801
     tokens_per_second: int | float = 2
 
     def __post_init__(self) -> None:
-        if not self.tokens_per_second > 0:
-            raise ValueError(f"tokens_per_second must be above 0, not {self.tokens_per_second!r}")
+        if not 0 < self.tokens_per_second < math.inf:
+            raise ValueError(
+                f"tokens_per_second must be above 0 and finite, not {self.tokens_per_second!r}"
+            )
 
     @property
     def needs_seconds(self) -> bool:
@@ -127,7 +135,10 @@ class Qwen2_5VL(Qwen2VL):  # noqa: N801
         if kind != VIDEO:
             return torch.arange(frames)
         interval = self.tokens_per_second * (1.0 if seconds is None else seconds)
-        return (torch.arange(frames) * interval).long()
+        if frames * interval >= 2**53:
+            raise ValueError(f"{frames} steps of {interval:g} positions each are out of range")
+        # in float32, as get_rope_index does, whatever the default dtype is
+        return (torch.arange(frames, dtype=torch.float32) * interval).long()
 
 
 @dataclass(frozen=True)
@@ -217,10 +228,17 @@ def scheme_of(scheme: str | Scheme | Mapping[str, Any]) -> Scheme:
         ValueError: no scheme has this name, or it has no such setting.
     """
     if isinstance(scheme, Scheme):
+        # schemes of equal fields share what is kept for a grid
+        hidden = vars(scheme).keys() - {field.name for field in fields(scheme)}
+        if hidden:
+            raise ValueError(
+                f"{type(scheme).__name__} keeps {sorted(hidden)} beside its fields: make it a "
+                "frozen dataclass with a field for each setting"
+            )
         return scheme
     settings = dict(scheme) if isinstance(scheme, Mapping) else {"scheme": scheme}
     name = settings.pop("scheme", None)
-    if name not in SCHEMES:
+    if not isinstance(name, str) or name not in SCHEMES:
         raise ValueError(f"scheme {name!r} is none of {', '.join(SCHEMES)}")
     known = {field.name for field in fields(SCHEMES[name])}
     if settings.keys() - known:
@@ -259,6 +277,15 @@ def _coordinates(times: Tensor, height: int, width: int) -> Tensor:
 
 
 def _shared(num_frequencies: int, temporal: float) -> Sections:
-    """Height and width alike, and about `temporal` of all frequencies for time: at least one."""
+    """Height and width alike, and about `temporal` of all frequencies for time: at least one.
+
+    Raises:
+        ValueError: fewer frequencies than axes.
+    """
+    if num_frequencies < 3:
+        raise ValueError(
+            f"{num_frequencies} frequencies (twice as many dimensions) cannot turn by three "
+            "positions: at least 3 are needed"
+        )
     spatial = min(round(num_frequencies * (1 - temporal) / 2), (num_frequencies - 1) // 2)
     return num_frequencies - 2 * spatial, spatial, spatial

@@ -33,7 +33,7 @@ COMMANDS = {
         "--precision",
     },
     "init": {"base", "--out", "--dim", "--seed", "--dataset", "--revision"},
-    "positions": {"model", "--image", "--video", "--revision"},
+    "positions": {"model", "--image", "--video", "--revision", "--scheme"},
     "prepare": {"documents", "overrides", "--out", "--view", "--split"},
     "search": {"index", "query", "--top-k", "--images", "--model", "--page-score"},
     "train": {"recipe", "overrides", "--resume", "--device"},

@@ -148,11 +148,16 @@ def test_an_image_of_the_user_is_asked_with_in_its_own_grid(saved, capsys, tmp_p
     assert "5      image    5   5   5    4   5   4  differs" in told
 
 
-def test_absolute_time_is_that_of_the_clip(saved, clip_file):
+def test_absolute_time_is_that_of_the_clip(saved, capsys, clip_file, monkeypatch):
     shell = shell_of(saved("Qwen2_5_VLForConditionalGeneration"))
-    frames = shell.blank(4)
-    inputs = shell.inputs(frames, 2, 0.25)
+    inputs = shell.inputs(shell.blank(4), 2, 0.25)
     assert inputs["second_per_grid_ts"].tolist() == [0.5]  # two frames enter as one
+    # a clip of three seconds in at most four frames: one a second, two seconds a step
+    monkeypatch.setattr("colfolio.commands.positions._MAX_FRAMES", 4)
+    _, told = ask(capsys, saved("Qwen2_5_VLForConditionalGeneration"), video=clip_file)
+    shell = shell_of(saved("Qwen2_5_VLForConditionalGeneration"))
+    rate = shell.config.vision_config.tokens_per_second
+    assert f"video  {4 + 2 * rate:3d}   4   4" in told
 
 
 def test_a_time_that_transformers_5_puts_elsewhere_than_the_paper_is_noted(saved, capsys):
@@ -186,7 +191,7 @@ def test_colpali_engine_s_layout_is_asked_through_the_forward_that_it_calls(
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["ColQwen2"]}))
     is_right, told = ask(capsys, tmp_path)
     assert is_right
-    assert "Qwen2VLModel (whose forward ColQwen2 calls)" in told
+    assert "Qwen2VLModel (whose forward ColQwen2 of colpali-engine calls)" in told
 
 
 def test_a_retriever_is_asked_as_it_encodes_documents(retriever, capsys, tmp_path, clip_file):
@@ -205,6 +210,71 @@ def test_a_shell_has_one_layer_in_each_tower_and_needs_no_weights(saved):
     assert len(shell.model.model.visual.blocks) == 1
     assert AutoConfig.from_pretrained(folder).text_config.num_hidden_layers == 2
     assert all(parameter.device == torch.device("cpu") for parameter in shell.model.parameters())
+
+
+def test_a_published_configuration_of_a_large_model_is_asked(capsys, tmp_path):
+    # flat, in half precision by the old key, with a head of its own, as Qwen2-VL-7B has it
+    config = {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]},
+        "vision_config": VISION_2,
+        **{name: value for name, value in TEXT.items() if name != "rope_parameters"},
+        **TOKENS,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    is_right, told = ask(capsys, tmp_path)
+    assert is_right
+    assert told.count("Positions are right in 1 row.") == 2
+
+
+def test_a_scheme_can_be_asked_for(saved, capsys):
+    is_right, told = ask(capsys, saved("Qwen2VLModel"), scheme="videorope")
+    assert not is_right
+    assert "those of qwen2_vl" in told
+    with pytest.raises(ColfolioError, match="scheme 'own' is none of qwen2_vl"):
+        positions_command(str(saved("Qwen2VLModel")), scheme="own")
+
+
+def test_an_image_is_asked_with_at_no_more_tokens_than_tell_its_grid(saved):
+    shell = shell_of(saved("Qwen2VLModel"))
+    inputs = shell.inputs(np.zeros((1, 2000, 1000, 3), dtype=np.uint8), 1)
+    assert 128 <= int(inputs["image_grid_thw"].prod()) // 4 <= 256
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_text_token_is_a_placeholder(saved, name):
+    shell = shell_of(saved(name))
+    for kind, frames in ((1, 1), (2, 6)):
+        inputs = shell.inputs(shell.blank(frames), kind)
+        visual = 6 if kind == 1 else 18
+        assert int((inputs["mm_token_type_ids"] == kind).sum()) == visual
+        assert int((inputs["mm_token_type_ids"] == 3 - kind).sum()) == 0
+
+
+def test_a_model_that_cannot_be_built_is_named(saved, tmp_path):
+    config = json.loads((saved("Qwen2VLModel") / "config.json").read_text())
+    for number, (change, reason) in enumerate(
+        (
+            ({"architectures": ["OwnVideoModel"]}, "'OwnVideoModel', which is none of.*watch"),
+            ({"architectures": ["pipeline"]}, "'pipeline', which is none of"),
+            ({"vision_config": config["vision_config"] | {"patch_size": 0}}, "must be above 0"),
+            ({"vision_config": config["vision_config"] | {"embed_dim": 0}}, "cannot be built"),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ColfolioError, match=reason):
+            positions_command(str(folder))
+
+
+def test_an_adapter_points_to_its_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ColfolioError, match="holds an adapter; ask the model"):
+        positions_command(str(tmp_path))
 
 
 def test_what_cannot_be_asked_is_named(saved, capsys, tmp_path, clip_file):

@@ -40,7 +40,7 @@ def test_frames_are_those_shown_at_even_times(clip_file):
 
 def test_a_rate_above_the_file_s_own_shows_frames_again(clip_file):
     clip = load_clip(clip_file, fps=2.0 * RATE)
-    twice = [8 * (frame // 2) for frame in range(59)]
+    twice = [8 * (frame // 2) for frame in range(60)]
     assert np.allclose(brightness(clip), twice, atol=4)
 
 
@@ -98,3 +98,12 @@ def test_a_file_of_sound_alone_is_named(tmp_path):
         container.mux(stream.encode())
     with pytest.raises(DocumentError, match="holds no video"):
         load_clip(path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"fps": 0.0}, {"fps": -1.0}, {"fps": float("inf")}, {"max_frames": 1}, {"max_pixels": 0}],
+)
+def test_a_rate_that_no_clip_can_have_is_refused(clip_file, wrong):
+    with pytest.raises(ValueError, match="fps must be above 0, max_frames at least 2"):
+        load_clip(clip_file, **wrong)

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -491,10 +492,45 @@ def test_sections_must_sum_to_the_frequencies(sections):
     assert "LlamaModel turn 8 frequencies (head size 16): e.g. (2, 3, 3)" in message
 
 
-def test_sections_are_three():
-    assert "three sizes, time, height and width, not (4, 4): e.g. (2, 3, 3)" in refusal(
-        build(), None, (4, 4)
-    )
+@pytest.mark.parametrize("sections", [(4, 4), (), torch.tensor([2.0, 3.0, 3.0])])
+def test_sections_are_three_whole_numbers(sections):
+    told = "three whole numbers, time, height and width"
+    assert told in refusal(build(), None, sections)
+    assert "e.g. (2, 3, 3)" in refusal(build(), None, sections)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, list, tuple])
+def test_sections_of_any_kind_are_saved_as_plain_numbers(kind, tmp_path):
+    model = graft(build(), sections=kind([4, 2, 2]))
+    model.save_pretrained(tmp_path)
+    again = graft(type(model).from_pretrained(tmp_path))
+    assert again.config.mrope == {"scheme": "qwen2_vl", "sections": [4, 2, 2]}
+
+
+def test_threads_never_see_each_other_s_positions():
+    model = graft(build()).eval()
+    tokens, rows = torch.arange(6)[None], torch.randint(0, 9, (3, 1, 6))
+    with torch.no_grad():
+        text, seen = model(tokens).logits, model(tokens, position_ids=rows).logits
+
+    def run(number):
+        with torch.no_grad():
+            if number % 2:
+                return torch.equal(model(tokens).logits, text)
+            return torch.equal(model(tokens, position_ids=rows).logits, seen)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(400)))
+
+
+def test_packed_sequences_are_apart_without_a_word_on_the_cache():
+    model = graft(build()).eval()
+    tokens = torch.randint(0, 60, (1, 6))
+    rows = torch.tensor([[0, 1, 1, 1, 1, 3]] * 3)[:, None]  # [3, 1, 6]
+    alone = model(tokens, position_ids=rows).logits
+    packed_rows = torch.cat([torch.arange(6).expand(1, 1, -1), rows]).repeat(1, 1, 2)
+    packed = model(tokens.repeat(1, 2), position_ids=packed_rows).logits
+    torch.testing.assert_close(packed, alone.repeat(1, 2, 1), rtol=0, atol=1e-4)  # logits of 50
 
 
 def test_sections_that_a_scheme_cannot_lay_out_are_refused():

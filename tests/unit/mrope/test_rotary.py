@@ -265,3 +265,61 @@ def test_angles_of_a_scheme_fill_half_a_head(name):
     scheme = SCHEMES[name]
     cos, _ = cos_sin(torch.zeros(3, 5), inverse_frequencies(128), scheme.axes(scheme.sections(64)))
     assert cos.shape == (5, 64)
+
+
+@pytest.mark.parametrize(
+    ("queries", "cos", "sin", "heads_dim"),
+    [
+        ((2, 4, 5, 8), (2, 6, 4), (2, 6, 4), 1),
+        ((2, 4, 5, 8), (3, 5, 4), (3, 5, 4), 1),
+        ((2, 4, 5, 8), (2, 5, 4), (2, 5, 4), 2),
+        ((2, 4, 5, 8), (5, 4), (5, 4), 1),
+        ((2, 4, 5, 8), (2, 5, 4), (2, 5, 2), 1),
+    ],
+)
+def test_angles_of_other_tokens_are_refused(queries, cos, sin, heads_dim):
+    states = torch.zeros(queries)
+    with pytest.raises(ValueError, match="do not fit queries"):
+        rotate(states, states, torch.zeros(cos), torch.zeros(sin), heads_dim)
+
+
+def test_whole_numbers_are_not_turned():
+    states = torch.zeros(5, 4, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match="queries must be floating point"):
+        rotate(states, states, torch.zeros(5, 4), torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("theta", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_base_that_is_no_positive_number_is_refused(theta):
+    with pytest.raises(ValueError, match="theta must be above 0"):
+        inverse_frequencies(8, theta=theta)
+
+
+def test_position_ids_and_axes_that_do_not_fit_are_refused():
+    inv_freq, axes = inverse_frequencies(8), torch.tensor([0, 0, 1, 2])
+    for shape in ((4, 1, 5), (5,), (2, 5), ()):
+        with pytest.raises(ValueError, match=r"position_ids must be \[3, \.\.\.\]"):
+            cos_sin(torch.zeros(shape, dtype=torch.int64), inv_freq, axes)
+    with pytest.raises(ValueError, match=r"\[1\] axes do not fit \[4\] frequencies"):
+        cos_sin(torch.zeros(3, 5, dtype=torch.int64), inv_freq, axes[:1])
+
+
+def test_a_compiler_sees_one_graph_with_the_same_result():
+    states = torch.randn(5, 4, 10)
+    cos, sin = cos_sin(torch.arange(5).expand(3, -1), inverse_frequencies(8), torch.arange(4) % 3)
+    compiled = torch.compile(rotate, backend="eager", fullgraph=True)
+    mine, plain = compiled(states, states, cos, sin), rotate(states, states, cos, sin)
+    assert torch.equal(mine[0], plain[0])
+    assert torch.equal(mine[1], plain[1])
+
+
+def test_functional_gradients_are_those_of_backward():
+    cos, sin = cos_sin(torch.arange(5).expand(3, -1), inverse_frequencies(8), torch.arange(4) % 3)
+    states, weights = torch.randn(5, 4, 8), torch.randn(5, 4, 8)
+
+    def score(queries):
+        return (rotate(queries, queries, cos, sin)[0] * weights).sum()
+
+    leaf = states.clone().requires_grad_()
+    score(leaf).backward()
+    assert torch.equal(torch.func.grad(score)(states), leaf.grad)

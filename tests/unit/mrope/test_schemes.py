@@ -128,7 +128,7 @@ def test_sections_of_a_head_of_128_are_the_published_ones(name, published):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-@given(num_frequencies=st.integers(1, 256))
+@given(num_frequencies=st.integers(3, 256))
 def test_sections_share_all_frequencies_and_axes_give_each_its_share(scheme, num_frequencies):
     sections = scheme.sections(num_frequencies)
     axes = scheme.axes(sections)
@@ -156,3 +156,45 @@ def test_every_axis_turns_something_from_three_frequencies_on():
     for scheme in SCHEMES.values():
         for num_frequencies in range(3, 129):
             assert min(scheme.sections(num_frequencies)) > 0
+
+
+@pytest.mark.parametrize("num_frequencies", [0, 1, 2])
+def test_fewer_frequencies_than_axes_are_refused(num_frequencies):
+    for scheme in SCHEMES.values():
+        with pytest.raises(ValueError, match=f"^{num_frequencies} frequencies"):
+            scheme.sections(num_frequencies)
+
+
+def test_a_default_dtype_never_changes_times():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        (under,) = Qwen2_5VL(tokens_per_second=25).spans(2, 40, 1, 1, 1.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert under.coordinates[0].tolist() == [25 * step for step in range(40)]
+
+
+def test_settings_that_are_no_fields_are_refused():
+    class Moved(VideoRoPE):
+        def __init__(self, by):
+            super().__init__()
+            object.__setattr__(self, "by", by)
+
+    with pytest.raises(ValueError, match=r"Moved keeps \['by'\] beside its fields"):
+        scheme_of(Moved(3))
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda ids: ids[:, 1:], lambda ids: ids / 2, lambda ids: ids[:2]]
+)
+def test_coordinates_of_another_form_name_the_scheme(wrong):
+    @dataclass(frozen=True)
+    class Wrong(VideoRoPE):
+        def spans(self, *given):
+            return tuple(
+                Span(wrong(span.coordinates), span.advance) for span in super().spans(*given)
+            )
+
+    types, offsets = torch.ones(4, dtype=torch.int64), offsets_of([4])
+    with pytest.raises(ValueError, match=r"Wrong.* must give int64 coordinates \[3, tokens\]"):
+        position_ids(types, offsets, torch.tensor([[1, 4, 4]]), scheme=Wrong())
