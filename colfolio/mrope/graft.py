@@ -12,27 +12,18 @@ Letters: B sequences, L length, F frequencies, D columns of cos and sin.
 
 from __future__ import annotations
 
-import copy
-import inspect
 import operator
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .decoders import FITTING, LAYOUTS, class_of, decoder_of, parameters_of, probed
 from .schemes import Scheme, Sections, described, scheme_of
 
 _DEFAULT_SCHEME = "qwen2_vl"
-_FITTING = "LlamaModel, MistralModel, Qwen2Model, Qwen3Model or SmolLM3Model"
-
-# how a rotary embedding lays its F frequencies out over D columns
-_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "halves": lambda axes: axes.repeat(2),  # D = 2 F, behind one another: Llama
-    "pairs": lambda axes: axes.repeat_interleave(2),  # D = 2 F, side by side: Cohere
-    "single": lambda axes: axes,  # D = F: gpt-oss
-}
 
 
 def graft(
@@ -58,9 +49,9 @@ def graft(
         ValueError: not exactly one decoder, one that has M-RoPE already or rotates in a way of its
             own, sections that do not fit its heads, or settings other than the configuration's.
     """
-    decoder = _decoder_of(model)
+    decoder = decoder_of(model)
     _refuse_multimodal(decoder)
-    num_frequencies, layout = _probed(decoder)
+    num_frequencies, layout = probed(decoder)
     chosen, shares = _settings(decoder, scheme, sections, num_frequencies)
     axes = _axes(decoder, chosen, shares, num_frequencies)
     written = {**described(chosen), "sections": list(shares)}
@@ -80,11 +71,12 @@ def ungraft(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: its decoder is not grafted.
     """
-    decoder = _decoder_of(model)
+    decoder = decoder_of(model)
     rotary = decoder.rotary_emb
     if not isinstance(rotary, MultimodalRotary):
         raise ValueError(
-            f"{_name(decoder)} is not grafted: its rotary_emb is {_name(rotary)}; graft it first"
+            f"{class_of(decoder)} is not grafted: its rotary_emb is {class_of(rotary)}; graft it "
+            "first"
         )
     for handle in rotary.handles:
         handle.remove()
@@ -131,7 +123,7 @@ class MultimodalRotary(nn.Module):
         self.handles: tuple[Any, ...] = ()
         self._pending = _OfThread()
         self.register_buffer("axes", axes, persistent=False)
-        self.register_buffer("column_axes", _LAYOUTS[layout](axes), persistent=False)  # [D]
+        self.register_buffer("column_axes", LAYOUTS[layout](axes), persistent=False)  # [D]
 
     @property
     def pending(self) -> Tensor | None:
@@ -187,7 +179,7 @@ def _take_rows(
     rotary.pending = None
     given = kwargs
     if args:
-        given = dict(zip(_parameters(decoder), args, strict=False)) | kwargs
+        given = dict(zip(parameters_of(decoder), args, strict=False)) | kwargs
     ids = given.get("position_ids")
     if not isinstance(ids, Tensor) or not _has_rows(decoder, ids, given):
         return None
@@ -212,7 +204,7 @@ def _has_rows(decoder: nn.Module, ids: Tensor, given: Mapping[str, Any]) -> bool
     """
     tokens, embeddings = given.get("input_ids"), given.get("inputs_embeds")
     shape = embeddings.shape[:2] if embeddings is not None else getattr(tokens, "shape", None)
-    told = f"{_name(decoder)}: position_ids {list(ids.shape)} ({ids.dtype})"
+    told = f"{class_of(decoder)}: position_ids {list(ids.shape)} ({ids.dtype})"
     if ids.ndim < 3:
         if shape is not None and ids.ndim == 2 and len(ids) == 3 != shape[0]:
             raise ValueError(
@@ -235,47 +227,11 @@ def _has_rows(decoder: nn.Module, ids: Tensor, given: Mapping[str, Any]) -> bool
     return True
 
 
-def _decoder_of(model: nn.Module) -> Any:
-    """The one module with children `rotary_emb` and `layers` that takes position ids."""
-    found = {name: part for name, part in model.named_modules() if _is_decoder(part)}
-    if len(found) > 1:
-        # towers of images and sound may look alike, but embed no tokens
-        texts = {name: part for name, part in found.items() if "embed_tokens" in _children(part)}
-        found = texts or found
-    if len(found) == 1:
-        return next(iter(found.values()))
-    if found:
-        parts = ", ".join(f"{name or 'itself'} ({_name(part)})" for name, part in found.items())
-        raise ValueError(
-            f"{_name(model)} holds {len(found)} decoders: {parts}; pass the one that is meant"
-        )
-    learned = [
-        name
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Embedding) and ("pos" in name or name.endswith("wpe"))
-    ]
-    reason = f"it has learned positions ({', '.join(learned)}), and " if learned else ""
-    raise ValueError(
-        f"{_name(model)} cannot be grafted: {reason}no module of it has children rotary_emb and "
-        f"layers, a config, and a forward with position_ids; what fits is {_FITTING}, or a model "
-        "that holds one such decoder"
-    )
-
-
-def _is_decoder(part: nn.Module) -> bool:
-    # children by name, not attributes: wrappers such as those of peft pass attributes on
-    return (
-        {"rotary_emb", "layers"} <= _children(part)
-        and hasattr(part, "config")
-        and "position_ids" in _parameters(part)
-    )
-
-
 def _refuse_multimodal(decoder: Any) -> None:
     """Raises if the decoder turns by more than one row of position ids already."""
     if isinstance(decoder.rotary_emb, MultimodalRotary):
         raise ValueError(
-            f"{_name(decoder)} is grafted already: {decoder.rotary_emb.extra_repr()}; "
+            f"{class_of(decoder)} is grafted already: {decoder.rotary_emb.extra_repr()}; "
             "ungraft it first"
         )
     for key in ("rope_parameters", "rope_scaling"):
@@ -283,80 +239,14 @@ def _refuse_multimodal(decoder: Any) -> None:
             # `mrope_section` of Qwen2-VL and its kin, `xdrope_section` of HunYuan
             if name.endswith("rope_section"):
                 raise ValueError(
-                    f"{_name(decoder)} has M-RoPE already ({key}: {name} {value}) and takes "
-                    f"[3, batch, length] as it is; what fits is {_FITTING}"
+                    f"{class_of(decoder)} has M-RoPE already ({key}: {name} {value}) and takes "
+                    f"[3, batch, length] as it is; what fits is {FITTING}"
                 )
     if hasattr(decoder.rotary_emb, "mrope_section"):
         raise ValueError(
-            f"{_name(decoder)} has M-RoPE already ({_name(decoder.rotary_emb)}: mrope_section "
-            f"{decoder.rotary_emb.mrope_section}); what fits is {_FITTING}"
+            f"{class_of(decoder)} has M-RoPE already ({class_of(decoder.rotary_emb)}: "
+            f"mrope_section {decoder.rotary_emb.mrope_section}); what fits is {FITTING}"
         )
-
-
-def _probed(decoder: Any) -> tuple[int, str]:
-    """F of the decoder's rotary embedding, and its layout, from what it returns for a few ids."""
-    # a copy, for some change their frequencies with the positions they see
-    rotary = copy.deepcopy(decoder.rotary_emb)
-    if rotary.state_dict():
-        raise ValueError(
-            f"{_name(rotary)} of {_name(decoder)} saves {', '.join(rotary.state_dict())}; a graft "
-            "would rename what checkpoints hold, so frequencies must not be learned or saved"
-        )
-    found = {kind: _probed_layout(decoder, rotary, kind) for kind in _layer_types(rotary)}
-    if len(set(found.values())) > 1:
-        told = ", ".join(f"{kind}: {size} ({layout})" for kind, (size, layout) in found.items())
-        raise ValueError(
-            f"{_name(decoder)} turns other frequencies in other layers, so one choice of sections "
-            f"cannot fit all: {told}"
-        )
-    return next(iter(found.values()))
-
-
-def _probed_layout(
-    decoder: nn.Module, rotary: nn.Module, layer_type: str | None
-) -> tuple[int, str]:
-    tensors = [*rotary.buffers(), *rotary.parameters()]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    positions = torch.arange(4, device=device)[None]  # [1, 4]
-    kwargs = {} if layer_type is None else {"layer_type": layer_type}
-    told = f"{_name(rotary)} of {_name(decoder)} cannot be grafted"
-    try:
-        turned = rotary(torch.zeros(1, 4, 1, device=device), positions, **kwargs)
-    except (TypeError, AttributeError, RuntimeError, ValueError, IndexError, KeyError) as error:
-        raise ValueError(
-            f"{told}: called as (x, position_ids), it raises {type(error).__name__}: {error}"
-        ) from error
-    parts = turned if isinstance(turned, tuple) else (turned,)
-    shapes = {tuple(part.shape[:-1]) for part in parts}
-    if len(parts) != 2 or shapes != {(1, 4)} or any(part.is_complex() for part in parts):
-        seen = ", ".join(f"{list(part.shape)} ({part.dtype})" for part in parts)
-        raise ValueError(
-            f"{told}: for position ids [1, 4] it must return cos and sin, each [1, 4, columns], "
-            f"but returns {seen}"
-        )
-    if device.type == "meta":
-        raise ValueError(f"{told}: it is on the meta device; load the weights first")
-    return _layout_of(*parts)
-
-
-def _layout_of(cos: Tensor, sin: Tensor) -> tuple[int, str]:
-    """F and the layout by which columns repeat."""
-    half = cos.shape[-1] // 2
-    for layout in ("halves", "pairs") if cos.shape[-1] == 2 * half else ():
-        columns = _LAYOUTS[layout](torch.arange(half, device=cos.device))  # [D]
-        first = (columns[:, None] == columns).int().argmax(dim=0)  # [D], where each one began
-        if all(torch.equal(part, part[..., first]) for part in (cos, sin)):
-            return half, layout
-    return cos.shape[-1], "single"
-
-
-def _layer_types(rotary: Any) -> list[str | None]:
-    """The kinds of layers that it turns in different ways, or None alone."""
-    if "layer_type" not in _parameters(rotary):
-        return [None]
-    # kinds of layers without rotation are not in `rope_type`
-    kinds = rotary.rope_type if isinstance(rotary.rope_type, Mapping) else rotary.layer_types
-    return list(kinds)
 
 
 def _settings(
@@ -372,7 +262,7 @@ def _settings(
         return chosen, _shares(chosen, sections, num_frequencies)
     if not isinstance(kept, Mapping):
         raise ValueError(
-            f"mrope in the configuration of {_name(decoder)} must be a mapping with scheme and "
+            f"mrope in the configuration of {class_of(decoder)} must be a mapping with scheme and "
             f"sections, not {kept!r}"
         )
     settings = dict(kept)
@@ -384,7 +274,7 @@ def _settings(
     chosen_shares = _shares(chosen, asked, num_frequencies)
     if (chosen, chosen_shares) != (saved, saved_shares):
         raise ValueError(
-            f"the configuration of {_name(decoder)} says {saved}, sections {saved_shares}, but "
+            f"the configuration of {class_of(decoder)} says {saved}, sections {saved_shares}, but "
             f"{chosen}, sections {chosen_shares} was asked for; graft(model) restores its own, and "
             "ungraft behind it clears them"
         )
@@ -414,21 +304,9 @@ def _axes(decoder: Any, scheme: Scheme, sections: Sections, num_frequencies: int
         head_size = getattr(config, "head_dim", None)
         head_size = head_size or config.hidden_size // config.num_attention_heads
         raise ValueError(
-            f"sections {sections} sum to {sum(sections)}, but heads of {_name(decoder)} turn "
+            f"sections {sections} sum to {sum(sections)}, but heads of {class_of(decoder)} turn "
             f"{num_frequencies} frequencies (head size {head_size}): "
             f"e.g. {scheme.sections(num_frequencies)}"
         )
     device = next((buffer.device for buffer in decoder.rotary_emb.buffers()), None)
     return scheme.axes(sections).to(device)
-
-
-def _children(part: nn.Module) -> set[str]:
-    return {name for name, _ in part.named_children()}
-
-
-def _parameters(part: nn.Module) -> list[str]:
-    return list(inspect.signature(part.forward).parameters)
-
-
-def _name(part: nn.Module) -> str:
-    return type(part).__name__
