@@ -8,7 +8,7 @@ and the scheme does not. So a name is evidence, never a guess, and a new fault i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -42,11 +42,13 @@ class Verdict:
         findings: at most one a row; none if all is right.
         num_rows: in the call.
         unjudged: why nothing can be said, if so.
+        remarks: what it rests on and what it leaves out: sentences without their full stops.
     """
 
     findings: tuple[Finding, ...]
     num_rows: int
     unjudged: str | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def is_right(self) -> bool:
@@ -59,6 +61,9 @@ class Verdict:
         return {finding.fault for finding in self.findings}
 
     def __str__(self) -> str:
+        return " ".join([self._said(), *(f"{remark}." for remark in self.remarks)])
+
+    def _said(self) -> str:
         if self.unjudged is not None:
             return f"Positions not judged: {self.unjudged}."
         if not self.findings:
@@ -114,8 +119,9 @@ FAULTS = (
         "flattened",
         "the model was called without token types or grids (`mm_token_type_ids`, "
         "`image_grid_thw`), or its wrapper passes only embeddings on, as `ColQwen2ForRetrieval` of "
-        "transformers does, so image tokens were numbered like text",
-        _PASS_IDS,
+        "transformers does, or a step behind a cache was called without `position_ids`, so image "
+        "tokens were numbered like text",
+        f"{_PASS_IDS}; for a step, one more than the largest id before it",
         recipes.flattened,
     ),
     Fault(
@@ -130,7 +136,8 @@ FAULTS = (
         "stale",
         "ids of an earlier call were used again: the model keeps `rope_deltas` of the last call "
         "with grids and adds them when it gets embeddings only, or the caller kept `position_ids`",
-        f"for every batch anew, {_PASS_IDS}; or set the model's `rope_deltas` to None between",
+        f"for every batch anew, {_PASS_IDS}; or set the model's `rope_deltas` to None between "
+        "batches; for a step behind a cache, pass one more than the largest id before it",
         recipes.stale,
         shifts=True,
     ),
@@ -143,14 +150,14 @@ FAULTS = (
     ),
     Fault(
         "transposed",
-        "the ids belong to grids with height and width exchanged",
-        "keep grids in the order time, height, width, and cut tokens row by row",
+        "the ids belong to grids with height and width exchanged, or their own rows are",
+        "keep grids and rows of ids in the order time, height, width, and cut tokens row by row",
         recipes.transposed,
     ),
     Fault(
         "swapped_time",
-        "the ids belong to grids with time and another side exchanged",
-        "keep grids in the order time, height, width",
+        "the ids belong to grids with time and another side exchanged, or their own rows are",
+        "keep grids and rows of ids in the order time, height, width",
         recipes.swapped_time,
     ),
     Fault(
@@ -162,8 +169,10 @@ FAULTS = (
     ),
     Fault(
         "misfit",
-        "token types and grids of the call do not fit each other, so no ids are right for it",
-        "pass the grids of this very batch in the order time, height, width, one a placeholder run",
+        "token ids, token types and grids of the call do not fit each other, so no ids are right "
+        "for it",
+        "pass token types and grids of this very batch, grids in the order time, height, width, "
+        "one a placeholder run",
     ),
     Fault(
         "shifted",
@@ -185,10 +194,17 @@ def judge(call: Call, earlier: Sequence[Call] = ()) -> Verdict:
     Args:
         earlier: calls of the same model before it, the last one last.
     """
+    verdict = _judged(call, earlier)
+    return replace(verdict, remarks=(call.premise,)) if call.premise else verdict
+
+
+def _judged(call: Call, earlier: Sequence[Call]) -> Verdict:
     num_rows = call.seen.shape[1]
-    reason = call.unjudged or _misshapen(call)
-    if reason:
-        return Verdict((), num_rows, reason)
+    if call.why_unjudged:
+        return Verdict((), num_rows, call.why_unjudged)
+    if call.contradictions:
+        found = [Finding(row, "misfit", False, told) for row, told in call.contradictions]
+        return Verdict(tuple(found), num_rows)
     if call.right_rows.all():
         return Verdict((), num_rows)
     rows = call.rows()
@@ -197,7 +213,7 @@ def judge(call: Call, earlier: Sequence[Call] = ()) -> Verdict:
     findings = [finding for finding in found if finding is not None and finding not in misfits]
     # a row whose ids are explained without its grids needs no other explanation
     if misfits or (call.expected is None and not any(row.expected is None for row in rows)):
-        untold = _untold_grids(call)
+        untold = _untold_grids(call) or _foreign_grids(call)
         if untold is None:
             findings.append(Finding(None, "misfit", False, call.misfit))
         elif not any(not finding.harmless for finding in findings):
@@ -214,13 +230,14 @@ def _finding(number: int, row: Call, earlier: Sequence[Call]) -> Finding | None:
     where = f"row {number}: the right ids are not known ({row.misfit})"
     if row.expected is not None:
         difference = seen - row.expected[:, 0, real]
-        harmless = bool((difference == difference[:, :1]).all())
+        # behind a cache there are other keys to compare with
+        harmless = row.past is None and bool((difference == difference[:, :1]).all())
         rest = "shifted" if harmless else "unexplained"
         place = int(difference.any(0).nonzero()[0])
         token = int(real.nonzero()[place])
         kind = KINDS.get(int(row.types[0, token]), "text")
         where = (
-            f"row {number}, token {token} ({kind}): expected "
+            f"row {number}, token {token} ({kind}{_behind(row)}): expected "
             f"{_triple(row.expected[:, 0, token])}, seen {_triple(row.seen[:, 0, token])}"
         )
     for fault in FAULTS:
@@ -233,19 +250,6 @@ def _finding(number: int, row: Call, earlier: Sequence[Call]) -> Finding | None:
     return Finding(number, rest, harmless, where)
 
 
-def _misshapen(call: Call) -> str | None:
-    """Why token types and mask cannot be those of the ids seen, if so."""
-    if call.token_types is None:
-        return "the token types of the call are not known"
-    for name, given in (("token types", call.token_types), ("mask", call.attention_mask)):
-        if given is not None and given.shape != call.seen.shape[1:]:
-            return (
-                f"{name} must be [batch, length] as the ids that reached the rotary embedding, "
-                f"{list(call.seen.shape[1:])}, received {list(given.shape)}"
-            )
-    return None
-
-
 def _untold_grids(call: Call) -> str | None:
     """That the call has placeholders of images or clips but no grids for any, if so."""
     for kind, grid_thw in ((IMAGE, call.image_grid_thw), (VIDEO, call.video_grid_thw)):
@@ -256,6 +260,17 @@ def _untold_grids(call: Call) -> str | None:
                 f"pass {name} to watch(...)"
             )
     return None
+
+
+def _foreign_grids(call: Call) -> str | None:
+    """That the grids given to the guard are not those of the call, if so."""
+    if call.is_told:
+        return f"the grids given to watch(...) do not fit it: {call.misfit}"
+    return None
+
+
+def _behind(row: Call) -> str:
+    return "" if row.past is None else f", behind {row.past.length} tokens in the cache"
 
 
 def _triple(ids: Tensor) -> str:

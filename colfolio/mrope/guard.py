@@ -5,17 +5,19 @@ Letters: B rows, L padded length, N tokens of all rows of a packed call, G grids
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .calls import Call
 from .faults import Verdict, judge
-from .recording import DECODING, Known, Recorder, call_of, kept
-from .schemes import KINDS, Qwen2_5VL, Qwen2VL, Qwen3VL, Scheme, scheme_of
+from .recording import Known, Recorder, call_of, kept
+from .schemes import KINDS, TEXT, Qwen2_5VL, Qwen2VL, Qwen3VL, Scheme, scheme_of
 
 _BEFORE = 4  # tokens of text that a table shows before the first visual one
 _SCHEME_OF: dict[str, Callable[[Any], Scheme]] = {
@@ -46,6 +48,8 @@ def watch(
     Each call is judged when it is asked for, on the CPU: that waits for the device, and what was
     seen is kept until then. So do not leave the guard on in training.
 
+    Steps of text behind a cache are judged if the call that began the cache was seen and judged.
+
     Args:
         model: whose forward is watched.
         scheme: that it was trained with. None: that of the grafted decoder, or of `config`.
@@ -53,11 +57,13 @@ def watch(
         token_types: int `[B, L]` (`[1, N]` packed): 0 text, 1 image, 2 video. None: what the call
             passes as `mm_token_type_ids`, or else what its token ids say.
         image_grid_thw, video_grid_thw: `[G, 3]`, in the order of the placeholders of all rows.
-            None: those of the call. What is given here holds against the call.
+            None: those of the call. What is given here holds against the call. Of rows that a
+            search repeats, those of each row once.
         second_per_grid_ts: seconds a temporal step of each clip. None: those of the call.
 
     Raises:
-        ValueError: the model has no rotary text decoder, or several, or no scheme is known for it.
+        ValueError: the model has no rotary text decoder, or several, or no scheme is known for it;
+            or an argument is not of its form.
 
     Example:
         >>> with watch(model) as watched:  # doctest: +SKIP
@@ -65,6 +71,8 @@ def watch(
         >>> print(watched.verdict)  # doctest: +SKIP
         Positions are right in all 4 rows.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"watch needs a model, an nn.Module, not {model!r}")
     decoder = _decoder_of(model)
     truth = {
         "mm_token_type_ids": token_types,
@@ -72,9 +80,11 @@ def watch(
         "video_grid_thw": video_grid_thw,
         "second_per_grid_ts": second_per_grid_ts,
     }
+    merge = _merge_size(model) if spatial_merge_size is None else spatial_merge_size
+    _check(truth, merge)
     known = Known(
         _scheme_for(model, decoder) if scheme is None else scheme_of(scheme),
-        spatial_merge_size or _merge_size(model),
+        merge,
         *_visual_token_ids(model),
         {name: kept(value) for name, value in truth.items() if value is not None},
     )
@@ -86,6 +96,7 @@ def watch(
             model.register_forward_pre_hook(recorder.begin, with_kwargs=True),
             model.register_forward_hook(recorder.end),
             decoder.register_forward_pre_hook(recorder.decoder, with_kwargs=True),
+            decoder.register_forward_hook(recorder.decoded),
             rotary.register_forward_pre_hook(recorder.rotary, with_kwargs=True),
         ]
         yield Watch(recorder, known)
@@ -118,36 +129,47 @@ class Watch:
         self._known = known
         self._calls: list[Call] = []
         self._verdicts: list[Verdict] = []
+        self._begun: dict[int, Call] = {}  # by the number of the cache
 
     @property
-    def calls(self) -> list[Call]:
+    def calls(self) -> tuple[Call, ...]:
         """The forwards that ended well and reached the rotary embedding, on the CPU."""
         while self._recorder.records:
-            self._calls.append(call_of(self._recorder.records.pop(0), self._known))
-        return self._calls
+            record = self._recorder.records.pop(0)
+            self._calls.append(call_of(record, self._known, self._begun))
+        return tuple(self._calls)
 
     @property
-    def verdicts(self) -> list[Verdict]:
+    def verdicts(self) -> tuple[Verdict, ...]:
         """The verdict on each call."""
         calls = self.calls
         for number in range(len(self._verdicts), len(calls)):
             self._verdicts.append(judge(calls[number], calls[:number]))
-        return self._verdicts
+        return tuple(self._verdicts)
 
     @property
     def verdict(self) -> Verdict:
-        """The first verdict that is not right, or else the last.
+        """The first verdict that is not right, or else the last; it tells how many calls have none.
 
-        Steps of a generation, behind its first call, are passed over.
+        Steps behind a cache that could not be judged are passed over.
 
         Raises:
             ValueError: there is none.
         """
-        if not self.verdicts:
-            raise ValueError(self._why_empty())
-        judged = [verdict for verdict in self.verdicts if verdict.unjudged != DECODING]
-        wrong = [verdict for verdict in judged if not verdict.is_right]
-        return [*self.verdicts, *judged, *reversed(wrong)][-1]
+        number = self._decisive()
+        verdict = self.verdicts[number]
+        unjudged = [
+            call.is_step
+            for other, call in enumerate(self.calls)
+            if other != number and self.verdicts[other].unjudged is not None
+        ]
+        remarks = []
+        for is_step, what in ((True, "step{} behind a cache"), (False, "other call{}")):
+            count = unjudged.count(is_step)
+            plural = ("s", "were") if count > 1 else ("", "was")
+            if count:
+                remarks.append(f"{count} {what.format(plural[0])} {plural[1]} not judged")
+        return replace(verdict, remarks=(*verdict.remarks, *remarks)) if remarks else verdict
 
     def table(self, call: int = -1, row: int = 0, tokens: int = 24) -> list[Place]:
         """Seen and expected positions of a row, from just before its first visual token on.
@@ -158,8 +180,13 @@ class Watch:
             tokens: at most so many; padding is left out.
 
         Raises:
-            ValueError: there is no such call or row.
+            ValueError: there is no such call or row, or a number is none.
         """
+        if not all(type(number) is int for number in (call, row, tokens)) or tokens < 0:
+            raise ValueError(
+                "call, row and tokens must be whole numbers, and tokens at least 0, not "
+                f"{call!r}, {row!r} and {tokens!r}"
+            )
         if not -len(self.calls) <= call < len(self.calls):
             raise ValueError(f"call {call} of {len(self.calls)} calls. {self._why_empty()}".strip())
         chosen, verdict = self.calls[call], self.verdicts[call]
@@ -171,10 +198,22 @@ class Watch:
         return _places(chosen, row)[:tokens]
 
     def __str__(self) -> str:
-        verdict = self.verdict
-        number = next(k for k, other in enumerate(self.verdicts) if other is verdict)
+        verdict, number = self.verdict, self._decisive()
         before = f"Call {number} of {len(self.verdicts)}: " if len(self.verdicts) > 1 else ""
         return f"{before}{verdict}"
+
+    def _decisive(self) -> int:
+        """The number of the call whose verdict holds for all."""
+        verdicts = self.verdicts
+        if not verdicts:
+            raise ValueError(self._why_empty())
+        judged = [
+            number
+            for number, call in enumerate(self.calls)
+            if verdicts[number].unjudged is None or not call.is_step
+        ]
+        wrong = [number for number in judged if not verdicts[number].is_right]
+        return [len(verdicts) - 1, *judged, *reversed(wrong)][-1]
 
     def _why_empty(self) -> str:
         if self._calls:
@@ -187,6 +226,79 @@ class Watch:
         return (
             "no forward of the watched model has ended inside the `with` block: call the very "
             "module that was passed to watch(...), as model(...)"
+        )
+
+
+def _check(truth: dict[str, Any], merge: Any) -> None:
+    """Refuse what is given to a watch and is not of its form."""
+    if type(merge) is not int or merge < 1:
+        raise ValueError(f"spatial_merge_size must be a whole number of at least 1, not {merge!r}")
+    _check_types(truth["mm_token_type_ids"])
+    for name in ("image_grid_thw", "video_grid_thw"):
+        _check_grids(name, truth[name], merge)
+    _check_seconds(truth["second_per_grid_ts"], truth["video_grid_thw"])
+
+
+def _check_types(types: Any) -> None:
+    if types is None:
+        return
+    shape = _shape_of_whole_numbers("token_types", types, "[batch, length]")
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"token_types must be [batch, length], received {shape}")
+    if types.min() < TEXT or types.max() > max(KINDS):
+        raise ValueError(
+            "token_types must be 0 (text), 1 (image) or 2 (video), received "
+            f"{types.unique().tolist()}"
+        )
+
+
+def _check_grids(name: str, grid_thw: Any, merge: int) -> None:
+    if grid_thw is None:
+        return
+    shape = _shape_of_whole_numbers(name, grid_thw, "[grids, 3]")
+    if len(shape) != 2 or shape[1] != 3:
+        raise ValueError(f"{name} must be [grids, 3], received {shape}")
+    for grid, sides in enumerate(grid_thw.tolist()):
+        if min(sides) < 1 or sides[1] % merge or sides[2] % merge:
+            raise ValueError(
+                f"{name}: grid {grid} is {sides}: its sides must be positive, height and width "
+                f"multiples of the merge size {merge}"
+            )
+
+
+def _shape_of_whole_numbers(name: str, given: Any, rule: str) -> list[int]:
+    """The shape of a tensor that says something."""
+    if not isinstance(given, Tensor) or given.is_meta:
+        received = "a tensor on the meta device" if isinstance(given, Tensor) else repr(given)
+        raise ValueError(f"{name} must be a tensor {rule} with values, not {received}")
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise ValueError(
+            f"{name} must be whole numbers {rule}, received {given.dtype} {list(given.shape)}: "
+            f"pass {name}.long()"
+        )
+    return list(given.shape)
+
+
+def _check_seconds(given: Any, video_grid_thw: Tensor | None) -> None:
+    if given is None:
+        return
+    is_tensor = isinstance(given, Tensor)
+    if is_tensor and (given.is_meta or given.ndim != 1):
+        received = "a tensor on the meta device" if given.is_meta else f"{list(given.shape)}"
+        raise ValueError(f"second_per_grid_ts must be [clips], with values, received {received}")
+    seconds = given.tolist() if is_tensor else given
+    is_list = isinstance(seconds, Sequence) and not isinstance(seconds, str)
+    if not is_list or not all(
+        isinstance(time, int | float) and 0 <= time < math.inf for time in seconds
+    ):
+        raise ValueError(
+            "second_per_grid_ts must hold a time in seconds, at least 0, for each clip, not "
+            f"{given!r}"
+        )
+    if video_grid_thw is not None and len(seconds) != len(video_grid_thw):
+        raise ValueError(
+            f"second_per_grid_ts must hold a time for each of {len(video_grid_thw)} clips of "
+            f"video_grid_thw, received {len(seconds)}"
         )
 
 

@@ -15,12 +15,19 @@ from itertools import permutations, product
 import torch
 from torch import Tensor
 
-from .calls import Call
+from .calls import Call, Past
 from .schemes import SCHEMES, TEXT, VIDEO, Qwen2VL, Scheme
+
+_AXES = ("temporal", "height", "width")
 
 
 def flattened(row: Call, earlier: Sequence[Call]) -> Iterator[tuple[Tensor, str]]:
     """One step a token; from any place on but the rope delta of an earlier call."""
+    if row.past is not None:
+        for start, ids in _counts(row) if row.past.deltas.any() else ():
+            if start == 0:
+                yield ids, "the number of tokens before, those of images counted one by one"
+        return
     is_inside = (row.types[0, 1:] != TEXT) & (row.types[0, 1:] == row.types[0, :-1])
     if not is_inside.any():  # a visual token by itself is placed like text
         return
@@ -32,11 +39,14 @@ def flattened(row: Call, earlier: Sequence[Call]) -> Iterator[tuple[Tensor, str]
 
 def stale(row: Call, earlier: Sequence[Call]) -> Iterator[tuple[Tensor, str]]:
     """One step a token from the rope delta of an earlier call on, or ids that were right there."""
+    own = None if row.past is None else int(row.past.deltas)
     for start, ids in _counts(row):
-        origin = _origin(start, row, earlier)
+        origin = None if start == own else _origin(start, row, earlier)
         if origin is not None:
             what = f"one-dimensional, one step a token, plus {start}, the rope delta of {origin}"
             yield ids, what
+    if row.past is not None:  # a token or two have the same ids as others by chance
+        return
     real = row.real[0]
     for number in reversed(range(len(earlier))):
         other = earlier[number]
@@ -49,6 +59,9 @@ def stale(row: Call, earlier: Sequence[Call]) -> Iterator[tuple[Tensor, str]]:
 
 def padding(row: Call, _: Sequence[Call]) -> Iterator[tuple[Tensor, str]]:
     """Padding counted as text, or the right ids laid at the other end of the row."""
+    if row.past is not None:
+        yield from _padding_before(row, row.past)
+        return
     real, types = row.real[0], row.types[0]
     if row.expected is None or real.all():
         return
@@ -92,12 +105,12 @@ def constant_time(row: Call, _: Sequence[Call]) -> Iterator[tuple[Tensor, str]]:
 
 
 def transposed(row: Call, _: Sequence[Call]) -> Iterator[tuple[Tensor, str]]:
-    """The ids of grids with height and width exchanged."""
+    """The ids of grids with height and width exchanged, or the right ids with those two rows so."""
     yield from _permuted(row, [(0, 2, 1)])
 
 
 def swapped_time(row: Call, _: Sequence[Call]) -> Iterator[tuple[Tensor, str]]:
-    """The ids of grids whose time stands in another place."""
+    """The ids of grids whose time stands in another place, or the right ids with such rows."""
     yield from _permuted(row, [order for order in permutations(range(3)) if order[0] != 0])
 
 
@@ -129,8 +142,11 @@ def _counts(row: Call) -> list[tuple[int, Tensor]]:
     """Ids `[3, L]` of one step a token, padding counted or not, that start where those seen do."""
     real = row.real[0]
     first = int(real.nonzero()[0])
+    if not row.seen[0, 0, first].isfinite():
+        return []
+    num_real, length = (0, 0) if row.past is None else (int(row.past.num_real), row.past.length)
     counts = []
-    for plain in (real.cumsum(0) - 1, torch.arange(len(real))):
+    for plain in (num_real + real.cumsum(0) - 1, length + torch.arange(len(real))):
         start = int(row.seen[0, 0, first] - plain[first])
         counts.append((start, (plain + start).expand(3, -1)))
     return sorted(counts, key=lambda count: abs(count[0]))
@@ -163,6 +179,20 @@ def _permuted(row: Call, orders: list[tuple[int, ...]]) -> Iterator[tuple[Tensor
             sides = " ".join("THW"[side] for side in order)
             what = f"those of {' and '.join(chosen)} grids with sides {sides} for T H W{unit}"
             yield ids[:, 0], what
+    if row.expected is None:
+        return
+    for order in orders:
+        axes = ", ".join(_AXES[axis] for axis in order)
+        what = f"the right ones with their rows exchanged: {axes} for {', '.join(_AXES)}"
+        yield row.expected[list(order), 0], what
+
+
+def _padding_before(row: Call, past: Past) -> Iterator[tuple[Tensor, str]]:
+    """The right ids of a step, moved by the padding before it."""
+    num_padding = past.length - int(past.num_real)
+    if row.expected is not None and num_padding:
+        for sign, how in ((1, "counted"), (-1, "left out, while the cache has it counted")):
+            yield row.expected[:, 0] + sign * num_padding, f"those with the padding before it {how}"
 
 
 def _name(scheme: Scheme) -> str:

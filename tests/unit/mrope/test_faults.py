@@ -151,6 +151,30 @@ PLANTED = {
     "swapped_time": other_grids([1, 0, 2]),
     "other_scheme": lambda call: replace(call, scheme=VideoRoPE()).expected,
 }
+EXCHANGED = [
+    ("transposed", [0, 2, 1]),
+    ("swapped_time", [1, 0, 2]),
+    ("swapped_time", [2, 1, 0]),
+    ("swapped_time", [1, 2, 0]),
+]
+
+
+@given(batches, st.sampled_from(EXCHANGED))
+def test_rows_of_right_ids_that_are_exchanged_are_never_unexplained(batch, exchanged):
+    call, (fault, order) = call_of(batch), exchanged
+    verdict = judge(replace(call, seen=call.seen[order]))
+    for finding in verdict.findings:
+        if not finding.harmless:
+            assert NAMES.index(finding.fault) <= NAMES.index(fault), finding
+
+
+@pytest.mark.parametrize(("fault", "order"), EXCHANGED)
+def test_rows_of_right_ids_that_are_exchanged_are_named(fault, order):
+    call = one_row((IMAGE, 1, 2, 3), (VIDEO, 3, 4, 2))
+    verdict = judge(replace(call, seen=call.seen[order]))
+    assert verdict.faults == {fault}
+    axes = ", ".join(("temporal", "height", "width")[axis] for axis in order)
+    assert f"the right ones with their rows exchanged: {axes} for temporal" in str(verdict)
 
 
 @given(batch=batches)
@@ -280,6 +304,28 @@ def test_a_delta_of_zero_is_no_evidence_of_an_earlier_call():
     assert judge(counted, [text]).faults == {"padding"}
 
 
+@given(batches, st.integers(1, 3), st.integers(0, 2))
+def test_text_behind_any_call_goes_on_one_behind_its_largest_id(batch, length, since):
+    call = call_of(batch)
+    num_rows, own = call.seen.shape[1:]
+    past = call.followed(own + since, None)
+    largest = torch.stack([call.seen[:, row, call.real[row]].max() for row in range(num_rows)])
+    right = (largest + 1 + since)[:, None] + torch.arange(length)  # [B, length]
+    step = replace(
+        call,
+        seen=right.expand(3, -1, -1),
+        token_types=torch.zeros_like(right),
+        attention_mask=None,
+        past=past,
+        is_step=True,
+    )
+    assert judge(step, [call]) == Verdict((), num_rows)
+    wrong = judge(replace(step, seen=step.seen + 1000), [call])
+    assert not wrong.is_right
+    assert wrong.faults == {"unexplained"}
+    assert len(wrong.findings) == num_rows
+
+
 def test_padding_between_tokens_is_left_out_too():
     call = one_row((IMAGE, 1, 2, 2))
     mask = torch.ones(1, 8).long()
@@ -300,6 +346,8 @@ def test_a_row_of_padding_alone_is_passed_over():
 
 @example(seen=torch.tensor([0.0, 1.0, 2.5]))
 @example(seen=torch.tensor([0.0, float("nan"), 2.0]))
+@example(seen=torch.tensor([float("nan")] * 3))
+@example(seen=torch.tensor([float("inf"), 1.0, 2.0]))
 @given(seen=st.just(torch.tensor([0.5, 1.0, 2.0])))
 def test_ids_that_are_no_whole_numbers_are_told_as_they_are(seen):
     call = call_of(([(3, [])], "right", "qwen2_vl"))

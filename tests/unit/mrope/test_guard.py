@@ -1,6 +1,8 @@
 """The guard on real models: right ones pass, and every fault is made once and named."""
 
 import copy
+import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ from torch import nn
 from transformers import (
     ColQwen2Config,
     ColQwen2ForRetrieval,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2_5_VLConfig,
@@ -23,7 +26,7 @@ from transformers import (
 
 from colfolio.mrope.faults import Verdict
 from colfolio.mrope.graft import graft
-from colfolio.mrope.guard import watch
+from colfolio.mrope.guard import Watch, watch
 from colfolio.mrope.positions import padded_position_ids
 from colfolio.mrope.schemes import SCHEMES, Qwen2VL
 
@@ -470,6 +473,162 @@ def test_rows_behind_one_another_are_cut_by_the_offsets_that_attention_gets(mode
     assert [(finding.row, finding.fault) for finding in verdict.findings] == expected
 
 
+def packed_call(rows, is_text_row_given=True):
+    ids = [row.positions() for row in rows]
+    text = torch.cat([torch.arange(row.shape[2]) for row in ids])[None, None]
+    call = {
+        "input_ids": torch.cat([row.input_ids for row in rows], dim=1),
+        "image_grid_thw": torch.cat([row.grids["image"] for row in rows]),
+        "pixel_values": torch.cat([row.kwargs()["pixel_values"] for row in rows]),
+        "position_ids": torch.cat(ids, dim=2),
+    }
+    if is_text_row_given:
+        call["position_ids"] = torch.cat([text, call["position_ids"]])
+    return call
+
+
+PACKED = [batch_of((2, ("image", 1, 2, 3), 2)), batch_of((1, ("image", 1, 3, 1), 1))]
+
+
+def test_rows_are_cut_where_their_row_of_text_ids_restarts(model, llama):
+    call = packed_call(PACKED)
+    verdict = seen_by(model(), call).verdict
+    assert verdict == Verdict((), 2)
+    types = torch.cat([row.mm_token_type_ids for row in PACKED], dim=1)
+    given = {name: call[name] for name in ("input_ids", "position_ids")}
+    truth = {"token_types": types, "image_grid_thw": call["image_grid_thw"]}
+    assert seen_by(llama, given, **truth).verdict == Verdict((), 2)
+    flat = {**given, "position_ids": call["position_ids"][0]}
+    verdict = seen_by(llama, flat, **truth).verdict
+    assert [(finding.row, finding.fault) for finding in verdict.findings] == [
+        (0, "flattened"),
+        (1, "flattened"),
+    ]
+
+
+def test_text_behind_one_another_is_right_in_each_row(llama):
+    call = {"input_ids": torch.arange(9)[None], "position_ids": torch.arange(9)[None] % 5}
+    assert seen_by(llama, call).verdict.num_rows == 2
+    assert seen_by(llama, call).verdict.is_right
+
+
+def test_what_only_looks_like_packed_rows_is_one(model, llama):
+    restarts = packed_call(PACKED, is_text_row_given=False)
+    assert only_fault(seen_by(model(), restarts)) == "unexplained"
+    masked = packed_call(PACKED) | {"attention_mask": torch.ones(1, 15).long()}
+    assert seen_by(model(), masked).verdict.num_rows == 1
+    text = {"input_ids": torch.arange(6)[None]}
+    for ids in ([0] * 6, [0, 0, 0, 1, 2, 3], [3, 4, 0, 1, 2, 3], [0, 1, 4, 0, 1, 2]):
+        verdict = seen_by(llama, text | {"position_ids": torch.tensor([ids])}).verdict
+        assert (verdict.num_rows, verdict.is_right) == (1, False)
+
+
+@pytest.mark.parametrize("has_grids", [True, False])
+def test_token_types_that_deny_the_images_of_the_token_ids_are_a_misfit(model, has_grids):
+    inputs = batch_of((4,), PAGE)
+    call = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+    lying = call | {"mm_token_type_ids": torch.zeros_like(inputs.mm_token_type_ids)}
+    if has_grids:
+        lying |= truth_of(inputs) | {"position_ids": inputs.positions()}
+    verdict = seen_by(model(), lying).verdict
+    assert [(finding.row, finding.fault) for finding in verdict.findings] == [(1, "misfit")]
+    assert "row 1, token 3: its token id, 3, is that of image, its type" in str(verdict)
+    told = seen_by(model(), lying, token_types=inputs.mm_token_type_ids, **truth_of(inputs))
+    assert told.verdict.faults == (set() if has_grids else {"flattened"})
+
+
+def test_a_misfit_in_a_packed_call_names_the_row_that_it_is_in(model):
+    call = packed_call(PACKED)
+    types = torch.cat([row.mm_token_type_ids for row in PACKED], dim=1)
+    assert seen_by(model(), call | {"mm_token_type_ids": types}).verdict.is_right
+    types[0, -4:] = 0
+    verdict = seen_by(model(), call | {"mm_token_type_ids": types}).verdict
+    assert [(finding.row, finding.fault) for finding in verdict.findings] == [(1, "misfit")]
+    assert "row 1, token 1: " in str(verdict)
+
+
+def test_token_types_of_images_where_the_token_ids_have_none_are_a_misfit(model):
+    inputs = batch_of(PAGE, (5,))
+    inputs.input_ids[0, 3:5] = torch.tensor([VIDEO_ID, 20])
+    call = inputs.kwargs() | {"position_ids": inputs.positions(), "pixel_values": None}
+    verdict = seen_by(model(), call).verdict
+    assert verdict.faults == {"misfit"}
+    assert "row 0, token 3: its token id, 4, is that of video" in str(verdict)
+    inputs.input_ids[0, 3] = IMAGE_ID
+    verdict = seen_by(model(), inputs.kwargs() | {"pixel_values": None}).verdict
+    assert "row 0, token 4: its token id, 20, is that of text, its type" in str(verdict)
+    inputs.attention_mask[0, 3:] = 0  # what stands at padding says nothing
+    inputs.mm_token_type_ids[0, 3:] = 0
+    inputs.input_ids[0, 3:] = IMAGE_ID
+    call = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+    call["mm_token_type_ids"] = inputs.mm_token_type_ids
+    assert seen_by(model(), call).verdict.is_right
+
+
+def test_grids_given_to_watch_that_fit_no_call_leave_it_unjudged(model):
+    inputs, other = batch_of(PAGE, (4,)), batch_of(PAGE, PAGE, PAGE)
+    verdict = seen_by(model(), inputs.kwargs(), **truth_of(other)).verdict
+    assert "the grids given to watch(...) do not fit it: image grid 1" in verdict.unjudged
+    alike = batch_of(PAGE, (2, *PAGE[1:], 1))  # as many image tokens, but no repeated row
+    verdict = seen_by(model(), alike.kwargs(), **truth_of(inputs)).verdict
+    assert "the grids given to watch(...) do not fit it: row 1" in verdict.unjudged
+
+
+# unwrapped, because the types that tests execute refuse these before the code does
+watch_anything = contextmanager(inspect.unwrap(watch))
+REFUSED = {
+    "token_types": [
+        [[0, 1]],
+        torch.zeros(4).long(),
+        torch.zeros(1, 1, 4).long(),
+        torch.zeros(1, 0).long(),
+        torch.zeros(1, 4),
+        torch.zeros(1, 4).bool(),
+        torch.full((1, 4), 3),
+        torch.zeros(1, 4).long().to("meta"),
+    ],
+    "image_grid_thw": [
+        [[1, 4, 4]],
+        torch.tensor([1, 4, 4]),
+        torch.tensor([[4, 4]]),
+        torch.tensor([[1.0, 4.0, 4.0]]),
+        torch.tensor([[1, 4, 3]]),
+        torch.tensor([[0, 4, 4]]),
+        torch.tensor([[1, 4, 4]]).to("meta"),
+    ],
+    "video_grid_thw": [[[1, 4, 4]], torch.tensor([[1, -4, 4]])],
+    "second_per_grid_ts": [
+        1.0,
+        "1",
+        [None],
+        [-1.0],
+        [float("nan")],
+        torch.ones(1, 1),
+        torch.tensor(1.0),
+        torch.ones(1).to("meta"),
+        [1.0, 1.0],
+    ],
+    "spatial_merge_size": [0, -1, "2", 2.0, True],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values]
+)
+def test_arguments_that_say_nothing_are_refused_at_once(model, name, value):
+    qwen, truth = model("Qwen2.5-VL"), {"video_grid_thw": torch.tensor([[1, 4, 4]])}
+    before = hooks_of(qwen)
+    with pytest.raises(ValueError, match=name), watch_anything(qwen, **truth | {name: value}):
+        pytest.fail("entered")
+    assert hooks_of(qwen) == before
+
+
+def test_what_a_watch_hands_out_cannot_change_it(model):
+    watched = seen_by(model(), SMALL.kwargs())
+    assert isinstance(watched.calls, tuple)
+    assert isinstance(watched.verdicts, tuple)
+
+
 @torch.no_grad()
 def seen_by_packed(retriever, *packed):
     with watch(retriever) as watched:
@@ -499,23 +658,212 @@ def test_a_grafted_decoder_is_judged_by_what_it_rotates_by(llama, name):
 
 def test_text_of_a_plain_decoder_is_right_if_it_embeds_its_tokens_itself(llama):
     ids = torch.arange(12).view(2, 6)
-    assert seen_by(llama, {"input_ids": ids}).verdict == Verdict((), 2)
+    verdict = seen_by(llama, {"input_ids": ids}).verdict
+    assert verdict == Verdict((), 2, remarks=verdict.remarks)
+    assert "right in all 2 rows. All tokens were taken as text, since" in str(verdict)
+    told = seen_by(llama, {"input_ids": ids}, token_types=torch.zeros_like(ids)).verdict
+    assert told == Verdict((), 2)
     unknown = seen_by(llama, {"inputs_embeds": torch.randn(2, 6, 16)}).verdict
     assert not unknown.is_right
     assert "token_types" in unknown.unjudged
     assert not unknown.findings
 
 
-def test_generation_is_judged_by_its_first_step(model):
+def test_three_different_rows_are_not_judged_as_text(llama):
+    call = {"input_ids": torch.arange(6)[None], "position_ids": torch.arange(18).view(3, 1, 6)}
+    verdict = seen_by(llama, call).verdict
+    assert not verdict.findings
+    assert "token_types" in verdict.unjudged
+
+
+# what a random model must not write
+NO_IMAGES = {"suppress_tokens": [IMAGE_ID, VIDEO_ID], "min_new_tokens": 3, "max_new_tokens": 3}
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"use_cache": False}])
+@pytest.mark.parametrize("rows", [ROWS["images"], (PAGE, (1, ("image", 1, 3, 1), 1)), ((5,), (2,))])
+def test_all_of_a_generation_is_right(model, rows, settings):
+    qwen, inputs = model("Qwen2-VL generating"), batch_of(*rows, pad="left")
+    with watch(qwen, **truth_of(inputs)) as watched:
+        qwen.generate(**inputs.kwargs(), **NO_IMAGES, **settings, do_sample=False)
+    assert len(watched.verdicts) == 3
+    assert not any(verdict.findings for verdict in watched.verdicts)
+    assert all(verdict.is_right for verdict in watched.verdicts), str(watched)
+    assert "not judged" not in str(watched)
+
+
+def test_steps_behind_what_was_not_judged_are_counted(model):
     qwen, inputs = model("Qwen2-VL generating"), batch_of(PAGE)
-    with watch(qwen, image_grid_thw=inputs.grids["image"]) as watched, watch(qwen) as untold:
-        qwen.generate(**inputs.kwargs(), max_new_tokens=3, do_sample=False)
-    assert len(watched.verdicts) > 1
-    assert watched.verdicts[0].is_right
-    assert all("cache" in verdict.unjudged for verdict in watched.verdicts[1:])
-    assert watched.verdict is watched.verdicts[0]
+    with watch(qwen) as untold:
+        qwen.generate(**inputs.kwargs(), **NO_IMAGES, do_sample=False)
     # the library makes features and ids before the forward, and passes no grids on
     assert "pass image_grid_thw" in untold.verdict.unjudged
+    assert all("cache" in verdict.unjudged for verdict in untold.verdicts[1:])
+    assert str(untold.verdict).endswith("watch(...). 2 steps behind a cache were not judged.")
+    assert str(untold).startswith("Call 0 of 3: ")
+
+
+def stepped(model, *calls, **truth):
+    """The watch behind calls, each with kwargs, and the number of the call whose cache it takes."""
+    outputs = []
+    with watch(model, **truth) as watched, torch.no_grad():
+        for kwargs, before in calls:
+            cache = {} if before is None else {"past_key_values": outputs[before].past_key_values}
+            outputs.append(model(**kwargs, **cache, use_cache=True))
+    return watched
+
+
+STEP = {"input_ids": torch.tensor([[30]])}
+SMALL, LARGE = batch_of(PAGE), batch_of((2, ("image", 1, 4, 6), 2))
+
+
+def test_a_step_that_takes_the_rope_delta_of_another_page_is_stale(model):
+    calls = [(LARGE.kwargs(), None), (SMALL.kwargs(), None)]
+    watched = stepped(model(), *calls, (STEP, 0), (STEP, 1))
+    assert [verdict.is_right for verdict in watched.verdicts] == [True, True, False, True]
+    assert only_fault(watched) == "stale"
+    assert "behind 28 tokens in the cache" in str(watched)
+    assert "expected (10, 10, 10), seen (25, 25, 25)" in str(watched)
+    assert "the rope delta of call 1, row 0" in str(watched)
+    right = stepped(model(), calls[0], (STEP, 0), (STEP, 0))
+    assert [verdict.findings for verdict in right.verdicts] == [(), (), ()]
+    assert right.calls[2].expected.flatten().tolist() == [11, 11, 11]
+
+
+def test_a_rope_delta_from_before_the_watch_is_stale_in_a_step(model):
+    qwen = model()
+    with torch.no_grad():
+        cache = qwen(**SMALL.kwargs(), use_cache=True)
+    given = LARGE.kwargs() | {"position_ids": LARGE.positions()}  # the model keeps its own delta
+    watched = stepped(qwen, (given, None), (STEP, 0))
+    assert only_fault(watched) == "stale"
+    assert "kept by the model" in str(watched)
+    assert cache.past_key_values.get_seq_length() == SMALL.input_ids.shape[1]
+
+
+def test_a_grafted_decoder_that_counts_images_one_by_one_in_a_step_is_flattened(llama):
+    truth = {"token_types": SMALL.mm_token_type_ids, **truth_of(SMALL)}
+    begin = {"input_ids": SMALL.input_ids, "position_ids": SMALL.positions()}
+    watched = stepped(llama, (begin, None), (STEP, 0), **truth)
+    assert only_fault(watched) == "flattened"
+    assert "expected (8, 8, 8), seen (11, 11, 11)" in str(watched)
+    told = {"input_ids": torch.tensor([[30, 31]]), "position_ids": torch.tensor([[8, 9]])}
+    last = {**STEP, "position_ids": torch.full((3, 1, 1), 10)}
+    assert stepped(llama, (begin, None), (told, 0), (last, 0), **truth).verdict.is_right
+    last["position_ids"] += 3
+    assert only_fault(stepped(llama, (begin, None), (told, 0), (last, 0), **truth)) == "flattened"
+
+
+def test_a_step_that_counts_the_padding_before_it_is_named(model):
+    inputs = batch_of(PAGE, (2, ("image", 1, 1, 2), 1), pad="left")
+    step = {"input_ids": torch.tensor([[30], [31]])}  # without the mask
+    watched = stepped(model(), (inputs.kwargs(), None), (step, 0))
+    assert only_fault(watched) == "padding"
+    assert [finding.row for finding in watched.verdict.findings] == [1]
+
+
+def test_a_step_goes_on_from_ids_that_are_off_by_a_constant(llama):
+    begin = {"input_ids": SMALL.input_ids, "position_ids": SMALL.positions() + 5}
+    truth = {"token_types": SMALL.mm_token_type_ids, **truth_of(SMALL)}
+    step = {**STEP, "position_ids": torch.full((3, 1, 1), 8)}
+    watched = stepped(llama, (begin, None), (step, 0), **truth)
+    assert not watched.verdict.is_right
+    assert watched.verdict.faults == {"unexplained"}
+    step["position_ids"] += 5
+    assert stepped(llama, (begin, None), (step, 0), **truth).verdict.is_right
+
+
+def test_padding_among_the_tokens_of_a_step_is_not_counted(llama):
+    steps = [torch.tensor([[3, 4], [9, 3]]), torch.tensor([[5], [4]])]
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1]])
+    calls = [({"input_ids": torch.arange(6).view(2, 3)}, None)]
+    for number, ids in enumerate(steps):
+        end = 5 + number
+        step = {"input_ids": torch.full_like(ids, 7), "attention_mask": mask[:, :end]}
+        calls.append((step | {"position_ids": ids}, 0))
+    watched = stepped(llama, *calls)
+    assert [verdict.findings for verdict in watched.verdicts] == [(), (), ()]
+    calls[2][0]["position_ids"] = torch.tensor([[5], [5]])
+    watched = stepped(llama, *calls)
+    assert [(finding.row, finding.fault) for finding in watched.verdict.findings] == [
+        (1, "padding")
+    ]
+
+
+def test_ids_of_a_step_that_others_have_by_chance_are_not_stale(llama):
+    truth = {"token_types": SMALL.mm_token_type_ids, **truth_of(SMALL)}
+    begin = {"input_ids": SMALL.input_ids, "position_ids": SMALL.positions()}
+    for wrong in (8, 12 + 8):  # that of the step before; its own added to the tokens before
+        steps = [({**STEP, "position_ids": torch.full((3, 1, 1), at)}, 0) for at in (8, wrong)]
+        watched = stepped(llama, (begin, None), *steps, **truth)
+        assert [verdict.is_right for verdict in watched.verdicts] == [True, True, False]
+        assert only_fault(watched) == "unexplained"
+
+
+def test_a_step_behind_packed_rows_is_not_judged(llama):
+    begin = {"input_ids": torch.arange(9)[None], "position_ids": torch.arange(9)[None] % 5}
+    watched = stepped(llama, (begin, None), (STEP, 0))
+    assert watched.verdicts[0].num_rows == 2
+    assert "was not seen or judged" in watched.verdicts[1].unjudged
+
+
+def test_a_cache_is_known_by_the_argument_too(model):
+    qwen, cache = model(), DynamicCache()
+    handle = qwen.language_model.register_forward_hook(without_cache)
+    with watch(qwen) as watched, torch.no_grad():
+        for call in (SMALL.kwargs(), STEP, STEP | {"position_ids": torch.full((3, 1, 1), 10)}):
+            qwen(**call, past_key_values=cache)
+    handle.remove()
+    assert [verdict.is_right for verdict in watched.verdicts] == [True, True, False]
+
+
+def without_cache(module, args, output):
+    output.past_key_values = None
+    return output
+
+
+def test_a_cache_cut_back_is_judged_from_where_it_is_cut(model):
+    qwen = model()
+    with watch(qwen) as watched, torch.no_grad():
+        cache = qwen(**SMALL.kwargs(), use_cache=True).past_key_values
+        for _ in range(2):
+            qwen(**STEP, past_key_values=cache)
+        cache.crop(-2)
+        qwen(**STEP, past_key_values=cache)
+        cache.crop(-2)
+        qwen(**STEP, past_key_values=cache)
+    assert [verdict.is_right for verdict in watched.verdicts] == [True] * 4 + [False]
+    assert "was not seen or judged" in watched.verdicts[-1].unjudged
+    assert "1 step behind a cache was not judged" in str(watched)
+    assert watched.calls[1].expected.equal(watched.calls[3].expected)
+
+
+def test_steps_that_bring_images_or_hide_their_past_are_not_judged(model):
+    qwen = model()
+    visual = {"input_ids": torch.tensor([[IMAGE_ID]])}
+    untyped = {"inputs_embeds": torch.zeros(1, 1, TEXT["hidden_size"])}
+    begin = (SMALL.kwargs(), None)
+    for step, told in ((visual, "tokens of images"), (untyped, "does not tell the types")):
+        watched = stepped(qwen, begin, (step, 0), (STEP, 0))
+        assert told in watched.verdicts[1].unjudged
+        assert "was not seen or judged" in watched.verdicts[2].unjudged
+        assert watched.verdict.is_right
+        assert str(watched).startswith("Call 0 of 3: Positions are right in 1 row. 2 steps behind")
+    with torch.no_grad():
+        cache = qwen(**SMALL.kwargs(), use_cache=True).past_key_values
+        with watch(qwen) as late:
+            qwen(**STEP, past_key_values=cache)
+    assert "was not seen or judged" in late.verdict.unjudged
+    with torch.no_grad(), watch(model()) as inner:
+        cache = qwen(**SMALL.kwargs(), use_cache=True).past_key_values
+        qwen.language_model(**STEP, past_key_values=cache)  # past the watch
+        qwen(**STEP, past_key_values=cache)
+    assert "was not seen or judged" in inner.verdicts[1].unjudged
+
+
+def test_a_table_of_a_step_shows_what_was_expected(model):
+    place = stepped(model(), (SMALL.kwargs(), None), (STEP, 0)).table()[-1]
+    assert (place.index, place.kind, place.seen, place.expected) == (0, "text", (8,) * 3, (8,) * 3)
 
 
 def test_arguments_are_read_by_place_in_a_mapping_and_from_a_wrapper(model):
@@ -553,7 +901,7 @@ def test_a_forward_that_raises_is_no_call(model):
         with pytest.raises(KeyError, match="planted"):
             qwen(**inputs.kwargs())
         handle.remove()
-        assert watched.calls == []
+        assert watched.calls == ()
         qwen(**inputs.kwargs())
         assert len(watched.calls) == 1
 
@@ -573,7 +921,7 @@ def test_hooks_are_gone_behind_the_block_also_if_it_raises(model):
         raise_inside()
     assert hooks_of(qwen) == before
     qwen(**inputs.kwargs())
-    assert entered[0].calls == []
+    assert entered[0].calls == ()
 
 
 def hooks_of(model):
@@ -630,7 +978,7 @@ def test_a_decoder_that_runs_twice_in_one_forward_is_not_judged(model):
 
 def test_token_types_of_another_shape_are_not_judged(model):
     inputs = batch_of(PAGE)
-    verdict = seen_by(model(), inputs.kwargs(), token_types=torch.zeros(2, 4)).verdict
+    verdict = seen_by(model(), inputs.kwargs(), token_types=torch.zeros(2, 4).long()).verdict
     assert "[2, 4]" in verdict.unjudged
     assert str([1, inputs.input_ids.shape[1]]) in verdict.unjudged
 
@@ -647,6 +995,9 @@ def test_a_table_begins_just_before_the_first_visual_token(model):
         watched.table(row=2)
     with pytest.raises(ValueError, match="call 1 of 1"):
         watched.table(call=1)
+    for wrong in ({"tokens": -1}, {"tokens": None}, {"row": 0.0}, {"call": None}):
+        with pytest.raises(ValueError, match="must be whole numbers, and tokens at least 0"):
+            inspect.unwrap(Watch.table)(watched, **wrong)
 
 
 def test_a_table_without_expected_positions_still_shows_those_seen(llama):
@@ -655,6 +1006,9 @@ def test_a_table_without_expected_positions_still_shows_those_seen(llama):
 
 
 def test_models_that_cannot_be_watched_are_refused():
+    for no_model in (None, "model"):
+        with pytest.raises(ValueError, match=r"an nn\.Module, not"), watch_anything(no_model):
+            pass
     plain = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"rotary_emb.*Linear: none"), watch(plain):
         pass
