@@ -65,7 +65,31 @@ def test_the_order_of_documents_only_orders_the_scores(lengths, seed):
     torch.testing.assert_close(turned, maxsim(queries, documents)[:, order], rtol=1e-13, atol=1e-13)
 
 
-def test_its_gradient_is_the_slope_of_its_scores():
+# around one, two, three and more blocks, of which the last laps over the one before
+LONG = [63, 64, 65, 129, 191, 192, 193, 255, 256, 257, 256, 192]
+
+
+@pytest.mark.usefixtures("tile")
+def test_long_documents_equal_the_definition_forward_and_backward():
+    sides = draw([2, 1], 0), draw(LONG, 1)
+    for mine, plain in zip(
+        gradients(maxsim, *sides), gradients(maxsim_by_definition, *sides), strict=True
+    ):
+        torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(180, 270), st.lists(st.integers(0, 10_000), min_size=1, max_size=5))
+def test_the_first_of_equal_vectors_wins_in_long_documents_too(length, places):
+    places = sorted({place % length for place in places})
+    vectors = torch.full((length, 1), -1.0)
+    vectors[places] = 1.0
+    vectors.requires_grad_()
+    query = MultiVectors(torch.ones(1, 1), torch.tensor([0, 1]))
+    maxsim(query, MultiVectors(vectors, offsets_of([length]))).sum().backward()
+    assert vectors.grad.flatten().nonzero().flatten().tolist() == places[:1]
+
+
+def test_its_gradient_is_the_slope_of_its_scores_and_so_is_the_next():
     queries, documents = draw([2, 3], 3, dim=3), draw([3, 1, 2], 4, dim=3)
 
     def scores(query_vectors, document_vectors):
@@ -75,6 +99,7 @@ def test_its_gradient_is_the_slope_of_its_scores():
         )
 
     assert torch.autograd.gradcheck(scores, (queries.vectors, documents.vectors))
+    assert torch.autograd.gradgradcheck(scores, (queries.vectors, documents.vectors))
 
 
 def test_a_tie_sends_its_gradient_to_the_first_of_the_winners_alone():
@@ -91,6 +116,46 @@ def test_the_best_of_only_negative_similarities_wins_over_an_imagined_zero():
         torch.tensor([[-0.9, 0.0], [-0.2, 0.0], [-0.5, 0.0]]), torch.tensor([0, 2, 3])
     )
     torch.testing.assert_close(maxsim(queries, documents), torch.tensor([[-0.2, -0.5]]))
+
+
+@pytest.mark.parametrize("length", [3, 200], ids=["short", "long"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_vector_that_is_not_finite_wins_and_spoils_its_own_document_alone(length, value):
+    queries, documents = draw([2, 1], 0), draw([length, length, 2], 1)
+    plain = gradients(maxsim, queries, documents)
+    with torch.no_grad():
+        queries.vectors.abs_()  # so that infinity never meets its opposite
+        clean = maxsim(queries, documents)
+        documents.vectors[length + 1 : length + 3] = value
+    scores, for_queries, for_documents = gradients(maxsim, queries, documents)
+    torch.testing.assert_close(scores[:, 1], torch.full_like(scores[:, 1], value), equal_nan=True)
+    assert torch.equal(scores[:, [0, 2]], clean[:, [0, 2]])
+    assert not for_queries.isfinite().any()
+    assert for_documents.isfinite().all()
+    of_spoiled = for_documents[length : 2 * length]
+    assert of_spoiled.abs().sum(dim=1).nonzero().flatten().tolist() == [1]
+    assert all(each.isfinite().all() for each in plain)
+
+
+def test_a_query_vector_that_is_not_a_number_spoils_its_own_query_alone():
+    queries, documents = draw([2, 1], 0), draw([3, 200], 1)
+    with torch.no_grad():
+        clean = maxsim(queries, documents)
+        queries.vectors[0] = float("nan")
+    scores, for_queries, _ = gradients(maxsim, queries, documents)
+    assert scores[0].isnan().all()
+    assert torch.equal(scores[1], clean[1])
+    assert for_queries.isfinite().all()
+
+
+@pytest.mark.parametrize("length", [3, 200], ids=["short", "long"])
+def test_where_every_similarity_is_minus_infinity_the_first_vector_wins(length):
+    queries = MultiVectors(torch.ones(1, 2), torch.tensor([0, 1]))
+    vectors = torch.full((length, 2), -torch.inf, requires_grad=True)
+    scores = maxsim(queries, MultiVectors(vectors, offsets_of([length])))
+    scores.sum().backward()
+    assert scores.item() == -torch.inf
+    assert vectors.grad.sum(dim=1).tolist() == [2.0] + [0.0] * (length - 1)
 
 
 def test_another_document_in_the_batch_never_changes_a_score():
@@ -130,6 +195,12 @@ def test_only_the_side_that_wants_a_gradient_gets_one():
     maxsim(queries, documents).sum().backward()
     assert queries.vectors.grad is not None
     assert documents.vectors.grad is None
+    queries.vectors.requires_grad_(False)
+    documents.vectors.requires_grad_()
+    queries.vectors.grad = None
+    maxsim(queries, documents).sum().backward()
+    assert queries.vectors.grad is None
+    assert documents.vectors.grad is not None
 
 
 def test_no_queries_or_no_documents_give_an_empty_matrix():
@@ -138,6 +209,11 @@ def test_no_queries_or_no_documents_give_an_empty_matrix():
     )
     assert maxsim(nothing, draw([2, 2], 0)).shape == (0, 2)
     assert maxsim(draw([2, 2], 0), nothing).shape == (2, 0)
+    documents = draw([2, 2], 0)
+    maxsim(nothing, documents).sum().backward()
+    assert torch.equal(documents.vectors.grad, torch.zeros_like(documents.vectors))
+    maxsim(documents, nothing).sum().backward()
+    assert torch.equal(documents.vectors.grad, torch.zeros_like(documents.vectors))
 
 
 def test_a_row_without_vectors_is_named():

@@ -186,6 +186,11 @@ def test_a_planted_fault_is_named_or_one_that_gives_the_same_ids(fault, batch):
     seen = PLANTED[fault](call)
     assume(seen is not None)
     verdict = judge(replace(call, seen=seen))
+    difference = (seen - call.expected).masked_fill(~call.real, 0)
+    first = call.real.int().argmax(dim=1)  # [rows]
+    rows = torch.arange(len(first))
+    moved = (difference != difference[:, rows, first][:, :, None]) & call.real
+    assert verdict.is_right == (not moved.any())
     for finding in verdict.findings:
         if not finding.harmless:
             assert NAMES.index(finding.fault) <= NAMES.index(fault), finding
