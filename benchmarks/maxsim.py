@@ -1,6 +1,7 @@
 """MaxSim beside its peers on the CPU: the loss of a batch, forward and backward.
 
-    pip install colpali-engine==0.3.18 "sentence-transformers==6.2.*"
+    pip install --no-deps colpali-engine==0.3.18 "sentence-transformers==6.2.*"
+    pip install scikit-learn
     python benchmarks/maxsim.py [--threads 1 2] [--repeats 7]
 
 Every side computes InfoNCE (temperature 1) over all documents of the batch and the gradient of all
@@ -9,7 +10,7 @@ must agree in loss and gradients before they are timed. Each peer has its best c
 equally long, so nothing is padded, and no normalisation of scores by length.
 
 - colpali-engine: its own `ColbertLoss`. Importing the package imports its models, which need
-  torchvision; only the loss is loaded here. Without it: `pip install --no-deps colpali-engine`.
+  torchvision; only the loss is loaded here.
 - sentence-transformers: `colbert_scores`, with which its loss for multi-vector models scores,
   without masks, which that loss always hands over; as it comes, and with the budget for
   similarities (`chunk_elements`) that was fastest here.
