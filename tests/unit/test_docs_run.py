@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-PAGES = [Path(__file__).parents[2] / "docs" / "mrope.md"]
+PAGES = [Path(__file__).parents[2] / "docs" / name for name in ("losses.md", "mrope.md")]
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 
 

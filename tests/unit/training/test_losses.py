@@ -149,6 +149,42 @@ def test_a_query_without_a_negative_is_named():
         check_masks(mask([1]), mask([0]))
 
 
+def test_a_query_that_ignores_everything_takes_no_part():
+    check_masks(mask([1, 0], [0, 0]), mask([0, 0], [1, 1]))
+    with pytest.raises(ValueError, match="query 1 of the batch has no positive"):
+        check_masks(mask([1, 0], [0, 0]), mask([0, 0], [1, 0]))
+
+
+def test_a_batch_of_which_no_query_takes_part_is_refused():
+    with pytest.raises(ValueError, match="none of the batch's 2 queries takes part"):
+        check_masks(mask([0, 0], [0, 0]), mask([1, 1], [1, 1]))
+
+
+def test_a_document_both_wanted_and_ignored_is_named():
+    with pytest.raises(ValueError, match=r"query 1 of the batch both wants and ignores .* \[2\]"):
+        check_masks(mask([1, 0, 0], [0, 1, 1]), mask([0, 0, 0], [0, 0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([[1.0, 2.0, 3.0]], r"expected \[2, 3\], found \[1, 3\]"),
+        ([[1.0, 2.0, 3.0], [1.0, float("nan"), 2.0]], "query 1 .* has 1 documents with a teacher"),
+        ([[1.0, float("-inf"), 3.0], [1.0, 2.0, 2.0]], "query 0 .* infinite teacher score"),
+    ],
+)
+def test_teacher_scores_that_teach_nothing_are_named(scores, message):
+    positives, ignored = mask([1, 0, 0], [0, 1, 0]), mask([0, 0, 0], [0, 0, 1])
+    with pytest.raises(ValueError, match=message):
+        check_masks(positives, ignored, torch.tensor(scores))
+
+
+def test_teacher_scores_of_ignored_documents_are_not_asked_for():
+    nan = float("nan")
+    positives, ignored = mask([1, 0, 0], [0, 0, 0]), mask([0, 0, 1], [1, 1, 1])
+    check_masks(positives, ignored, torch.tensor([[1.0, 2.0, nan], [nan, nan, nan]]))
+
+
 def test_masks_that_leave_something_to_learn_pass():
     check_masks(mask([1, 0, 0], [1, 1, 0]), mask([0, 1, 0], [0, 0, 0]))
 
