@@ -125,6 +125,18 @@ class Packed:
             self.grid_offsets[begin : end + 1] - grids.start,
         )
 
+    def select(self, rows: Sequence[int]) -> Packed:
+        """The named rows, at least one, in the given order, as a batch of their own."""
+        parts = [self.rows(row, row + 1) for row in rows]
+        return Packed(
+            torch.cat([part.token_ids for part in parts]),
+            offsets_of([len(part.token_ids) for part in parts]),
+            torch.cat([part.position_ids for part in parts], dim=1),
+            torch.cat([part.patches for part in parts]),
+            torch.cat([part.grid_thw for part in parts]),
+            offsets_of([len(part.grid_thw) for part in parts]),
+        )
+
     def to(self, device: torch.device | str) -> Packed:
         """The same sequences with their long tensors on a device; offsets and grids stay."""
         return Packed(
@@ -141,18 +153,28 @@ class Packed:
 class ContrastiveBatch:
     """Queries, documents, and what each is to the other.
 
+    Of several ranks, each holds its own queries and documents; `positives` and `ignored` are of
+    all, in the order of ranks.
+
     Args:
         queries: one row a query.
         documents: one row a document; a document stands here once, however many queries want it.
         positives: bool `[queries, documents]`, at least one in each row.
         ignored: bool `[queries, documents]`: neither positive nor negative (another view of the
             same page, a near duplicate); never true where `positives` is.
+        query_ids, document_ids: int64, a number for each row that is the same whatever batch, chunk
+            or rank it comes in: dropout draws from it.
+        document_digests: 16 bytes or more for each document, of all that its row was made of: under
+            them its frozen features are kept. None: they are taken from the row itself.
     """
 
     queries: Packed
     documents: Packed
-    positives: Bool[Tensor, "queries documents"]
-    ignored: Bool[Tensor, "queries documents"]
+    positives: Bool[Tensor, "all_queries all_documents"]
+    ignored: Bool[Tensor, "all_queries all_documents"]
+    query_ids: Int64[Tensor, " queries"]
+    document_ids: Int64[Tensor, " documents"]
+    document_digests: tuple[bytes, ...] | None = None
 
     def to(self, device: torch.device | str) -> ContrastiveBatch:
         """The same batch with its long tensors on a device."""
@@ -161,6 +183,9 @@ class ContrastiveBatch:
             self.documents.to(device),
             self.positives.to(device),
             self.ignored.to(device),
+            self.query_ids,
+            self.document_ids,
+            self.document_digests,
         )
 
 

@@ -1,4 +1,4 @@
-"""Texts and images to packed model inputs, with their positions computed and passed explicitly."""
+"""Texts, images and clips to packed model inputs; positions are computed and passed explicitly."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from itertools import chain
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from colfolio.batch import Packed, offsets_of
 from colfolio.data.patches import PixelBudget, target_size, to_patches
 from colfolio.data.prompts import Prompter
-from colfolio.mrope import IMAGE, TEXT, position_ids
+from colfolio.data.video import Clip
+from colfolio.mrope import IMAGE, SCHEMES, TEXT, VIDEO, position_ids
 
 # "_": images of one call may differ in size
 Pixels = UInt8[np.ndarray, "_H _W 3"]
@@ -37,16 +38,21 @@ class Collator:
 
     def queries(self, texts: Sequence[str]) -> Packed:
         """One row a text."""
-        none = torch.zeros(0, 3, dtype=torch.int64)
-        return self._packed(
-            self.prompter.query_ids(texts), torch.empty(0, self.budget.patch_dim), none
-        )
+        patches, grids = to_patches([], self.budget)
+        return self._packed(self.prompter.query_ids(texts), patches, grids, [])
 
-    def documents(self, images: Sequence[Pixels]) -> Packed:
-        """One row an image."""
-        patches, grids = to_patches([image[None] for image in images], self.budget)
+    def documents(self, documents: Sequence[Pixels | Clip]) -> Packed:
+        """One row an image or clip; `max_pixels` of the budget bounds each frame."""
+        clips = {row: each for row, each in enumerate(documents) if isinstance(each, Clip)}
+        frames = [each.frames if isinstance(each, Clip) else each[None] for each in documents]
+        patches, grids = to_patches(frames, self.budget)
         counts = (grids.prod(dim=1) // self.budget.merge**2).tolist()
-        return self._packed(self.prompter.document_ids(counts), patches, grids)
+        ids = self.prompter.document_ids(counts, clips)
+        seconds = [clip.seconds_per_frame * self.budget.temporal_patch for clip in clips.values()]
+        if not SCHEMES[self.position_scheme].needs_seconds:
+            seconds = []
+        is_clip = torch.tensor([row in clips for row in range(len(documents))], dtype=torch.bool)
+        return self._packed(ids, patches, grids, seconds, is_clip)
 
     def query_lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens that each text takes."""
@@ -57,18 +63,35 @@ class Collator:
         size = target_size(height, width, self.budget)
         return size[0] // self.budget.factor, size[1] // self.budget.factor
 
+    def num_visual_tokens(self, document: Pixels | Clip) -> int:
+        """Tokens that an image or clip takes, those of its template aside."""
+        if isinstance(document, Clip):
+            rows, columns = self.document_size(*document.frames.shape[1:3])
+            return rows * columns * -(-len(document.frames) // self.budget.temporal_patch)
+        rows, columns = self.document_size(*document.shape[:2])
+        return rows * columns
+
     def _packed(
-        self, rows: list[list[int]], patches: Tensor, grids: Int64[Tensor, "G 3"]
+        self,
+        rows: list[list[int]],
+        patches: Tensor,
+        grids: Int64[Tensor, "G 3"],
+        seconds: list[float],
+        is_clip: Bool[Tensor, " G"] | None = None,
     ) -> Packed:
         token_ids = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64)
         offsets = offsets_of([len(row) for row in rows])
         types = torch.where(token_ids == self.prompter.image_token_id, IMAGE, TEXT)
+        if is_clip is not None and is_clip.any():
+            types[token_ids == self.prompter.video_token_id] = VIDEO
         positions = position_ids(
             types,
             offsets,
-            image_grid_thw=grids,
+            image_grid_thw=grids if is_clip is None else grids[~is_clip],
+            video_grid_thw=None if is_clip is None else grids[is_clip],
             scheme=self.position_scheme,
             spatial_merge_size=self.budget.merge,
+            second_per_grid_ts=seconds or None,
         )
         grids_of_rows = torch.arange(len(rows) + 1) if len(grids) else torch.zeros_like(offsets)
         return Packed(token_ids, offsets, positions, patches, grids, grids_of_rows)

@@ -1,43 +1,58 @@
-"""Queries of a dataset to contrastive batches: which documents come along, and who ignores whom."""
+"""Queries of a dataset to contrastive batches: which documents come along, and who ignores whom.
+
+A batch is the same whatever the number of ranks: all ranks draw it, and each makes its own share.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, UInt8
 from pydantic import Field
 
 from colfolio.batch import ContrastiveBatch
 from colfolio.config import Settings
 from colfolio.data.collate import Collator
 from colfolio.data.dataset import RetrievalDataset
+from colfolio.data.lookalikes import Likeness, Lookalikes
+from colfolio.data.preparing.deduplicate import Hashes, pixel_digest
+from colfolio.data.relations import Ignore, Relations
 from colfolio.data.sampler import Draw, SamplerPosition, check_enough, draws
+from colfolio.distributed import World
 from colfolio.errors import DatasetError, DocumentError
 
 _MAX_UNREADABLE = 0.01
 _MOST_NAMED = 5
-_Rows = Int64[np.ndarray, " _rows"]
 
 
 class BatchSettings(Settings):
-    """What one batch holds.
+    """What one batch holds, of all ranks together.
 
     Args:
-        rows: queries in a batch, each with one of its positive documents, and one of its judged
+        rows: queries in a batch, each with one of its positive documents, and some of its judged
             negatives where it has any.
+        hard_negatives: how many of its judged negatives each query brings along, at most.
+        candidates: distinct documents that every query is to be compared with; more than `rows` and
+            `hard_negatives` can bring is refused. None asks for no number.
         ignore: documents of the same `page` or `document` as a query's positive are not counted
             as its negatives, unless they are judged to be; `none` counts them.
+        ignore_copies: nor are images that are its positive again: `exact` to the pixel, or `near`,
+            as another scan or another page number is, which takes what differs in colour alone for
+            a copy too.
         kind_weights: expected appearances in an epoch of a query of each kind; 1 where not named.
         lowercase_share: of all queries, in lower case, so that a search may be typed that way.
         lowercase_from_epoch: epochs before it keep case, which is learnt sooner.
     """
 
-    rows: int = Field(default=32, ge=2)
-    ignore: Literal["page", "document", "none"] = "page"
+    rows: int = Field(default=32, ge=1)
+    hard_negatives: int = Field(default=1, ge=0)
+    candidates: int | None = Field(default=None, ge=2)
+    ignore: Ignore = "page"
+    ignore_copies: Likeness | Literal["none"] = "exact"
     kind_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     lowercase_share: float = Field(default=0.0, ge=0, le=1)
     lowercase_from_epoch: int = Field(default=0, ge=0)
@@ -45,10 +60,14 @@ class BatchSettings(Settings):
 
 @dataclass(frozen=True, slots=True)
 class DrawnBatch:
-    """A batch, and where the sampler stands behind it."""
+    """A rank's share of a batch, and where the sampler stands behind it.
+
+    `hashes` are of the share's documents, if copies are ignored.
+    """
 
     batch: ContrastiveBatch
     after: SamplerPosition
+    hashes: Hashes | None
 
 
 class BatchSource:
@@ -59,6 +78,8 @@ class BatchSource:
         collator: of the model that is trained.
         settings: rows and masks.
         seed: of order and of the choice among several positives.
+        world: the ranks that share each batch.
+        with_digests: of the documents' pixels, under which frozen features are kept.
 
     Attributes:
         unreadable: corpus id -> reason, of images that could not be decoded so far; a query whose
@@ -70,59 +91,116 @@ class BatchSource:
     """
 
     def __init__(
-        self, dataset: RetrievalDataset, collator: Collator, settings: BatchSettings, seed: int
+        self,
+        dataset: RetrievalDataset,
+        collator: Collator,
+        settings: BatchSettings,
+        seed: int,
+        world: World | None = None,
+        *,
+        with_digests: bool = False,
     ) -> None:
         self._dataset = dataset
         self._collator = collator
         self._settings = settings
         self._seed = seed
-        row_of = {name: row for row, name in enumerate(dataset.corpus.ids)}
-        ids = [query.id for query in dataset.queries]
-        self._positives = [_rows(row_of, dataset.positives(id_)) for id_ in ids]
+        self._world = world or World()
+        self._with_digests = with_digests
         self._texts = [query.text for query in dataset.queries]
-        self._answers = _by_text(self._texts, self._positives)
-        judged = _by_text(self._texts, [_rows(row_of, dataset.negatives(id_)) for id_ in ids])
-        self._refused = {text: _without(rows, self._answers[text]) for text, rows in judged.items()}
+        self._relations = Relations(dataset, settings.ignore)
+        likeness = settings.ignore_copies
+        self._lookalikes = None if likeness == "none" else Lookalikes(dataset.corpus, likeness)
         self._weights = _weights(dataset, settings.kind_weights)
         check_enough(self._weights, settings.rows)
-        self._group_of_document = _groups(dataset, settings.ignore)
         self._tried: set[int] = set()
         self.unreadable: dict[str, str] = {}
 
     def batches(self, position: SamplerPosition) -> Iterator[DrawnBatch]:
-        """Batches from a position on.
+        """This rank's share of each batch from a position on; its masks are of the share alone.
 
         Raises:
             DatasetError: two images or more, and over 1 % of those tried, cannot be decoded, or
                 none of a batch can.
         """
         for draw in draws(self._weights, self._settings.rows, self._seed, position):
-            yield DrawnBatch(self._collate(draw), draw.after)
+            yield self._collate(draw)
 
-    def _collate(self, draw: Draw) -> ContrastiveBatch:
-        picked = [int(draw.generator.choice(self._positives[query])) for query in draw.queries]
-        texts = [self._asked(query, draw) for query in draw.queries]
-        refused = [self._refused[self._texts[query].casefold()] for query in draw.queries]
-        drawn = [int(draw.generator.choice(rows)) for rows in refused if len(rows)]
-        images = self._images([*picked, *drawn])
-        documents = sorted(images, key=lambda row: (images[row].shape[:2], row))
-        lengths = self._collator.query_lengths(texts)
-        readable = [row for row in range(len(texts)) if picked[row] in images]
-        if not readable:
-            raise self._unreadable_error()
-        order = sorted(readable, key=lambda row: (lengths[row], row))
-        positives, ignored = self._masks([draw.queries[row] for row in order], documents)
-        return ContrastiveBatch(
-            self._collator.queries([texts[row] for row in order]),
-            self._collator.documents([images[row] for row in documents]),
-            positives,
-            ignored,
+    def of_all_ranks(self, drawn: DrawnBatch) -> ContrastiveBatch:
+        """A share with the masks of the whole batch; every rank has to ask at the same time."""
+        share, world = drawn.batch, self._world
+        if world.size == 1:
+            return share
+        hashes = drawn.hashes
+        if hashes is not None:
+            words = world.gather_rows(torch.from_numpy(hashes.words.view(np.int64)), "own")
+            lengths = world.gather_rows(torch.from_numpy(hashes.lengths), "own")
+            hashes = Hashes(words.numpy().view(np.uint64), lengths.numpy())
+        positives, ignored = self._masks(
+            world.gather_rows(share.query_ids, "own").tolist(),
+            world.gather_rows(share.document_ids, "own").tolist(),
+            hashes,
         )
+        return replace(share, positives=positives, ignored=ignored)
+
+    def _collate(self, draw: Draw) -> DrawnBatch:
+        share = self._share(draw)
+        images = self._images(share.documents)
+        # a query whose positive this rank was to read, and could not, is left out
+        lost = set(share.documents) - set(images)
+        kept = [place for place, row in enumerate(share.picked) if row not in lost]
+        if not kept and self._world.size == 1:
+            raise self._unreadable_error()
+        lengths = self._collator.query_lengths(share.texts)
+        kept.sort(key=lambda place: (lengths[place], place))
+        queries = [share.queries[place] for place in kept]
+        documents = sorted(images, key=lambda row: (images[row].shape[:2], row))
+        hashes = self._lookalikes.hashes(documents, images) if self._lookalikes else None
+        batch = ContrastiveBatch(
+            self._collator.queries([share.texts[place] for place in kept]),
+            self._collator.documents([images[row] for row in documents]),
+            *self._masks(queries, documents, hashes),
+            torch.tensor(queries, dtype=torch.int64),
+            torch.tensor(documents, dtype=torch.int64),
+            tuple(pixel_digest(images[row]) for row in documents) if self._with_digests else None,
+        )
+        return DrawnBatch(batch, draw.after, hashes)
+
+    def _share(self, draw: Draw) -> _Share:
+        """This rank's part of a draw; every random choice is made for all ranks, in one order."""
+        picked = [
+            int(draw.generator.choice(self._relations.positives[query])) for query in draw.queries
+        ]
+        texts = [self._asked(query, draw) for query in draw.queries]
+        refused = [self._hard_negatives(query, draw) for query in draw.queries]
+        rank_of = [
+            rank
+            for rank, part in enumerate(np.array_split(draw.queries, self._world.size))
+            for _ in part
+        ]
+        # a document that several queries bring along is made by the rank of the first
+        owners: dict[int, int] = {}
+        for rank, row in zip(rank_of, picked, strict=True):
+            owners.setdefault(row, rank)
+        for rank, rows in zip(rank_of, refused, strict=True):
+            for row in rows:
+                owners.setdefault(row, rank)
+        mine = [place for place, rank in enumerate(rank_of) if rank == self._world.rank]
+        return _Share(
+            [draw.queries[place] for place in mine],
+            [texts[place] for place in mine],
+            [picked[place] for place in mine],
+            [row for row, rank in owners.items() if rank == self._world.rank],
+        )
+
+    def _hard_negatives(self, query: int, draw: Draw) -> list[int]:
+        refused = self._relations.refused[query]
+        count = min(self._settings.hard_negatives, len(refused))
+        return draw.generator.choice(refused, count, replace=False).tolist() if count else []
 
     def _images(self, rows: list[int]) -> dict[int, UInt8[np.ndarray, "_H _W 3"]]:
         """The decoded images of rows; what cannot be decoded is left out and remembered."""
         corpus, images = self._dataset.corpus, {}
-        for row in dict.fromkeys(rows):
+        for row in rows:
             self._tried.add(row)
             try:
                 images[row] = corpus.image(row)
@@ -146,35 +224,21 @@ class BatchSource:
         return self._texts[query].lower() if is_time and is_lower else self._texts[query]
 
     def _masks(
-        self, queries: list[int], documents: list[int]
+        self, queries: Sequence[int], documents: Sequence[int], hashes: Hashes | None
     ) -> tuple[Bool[torch.Tensor, "Q D"], Bool[torch.Tensor, "Q D"]]:
-        """A document is a positive of every query that wants it, not only of its own."""
-        rows = np.array(documents)
-        texts = [self._texts[query].casefold() for query in queries]
-        answers = [self._answers[text] for text in texts]
-        positives = np.stack([np.isin(rows, wanted) for wanted in answers])
-        if self._group_of_document is None:
-            return torch.from_numpy(positives), torch.zeros(positives.shape, dtype=torch.bool)
-        groups = self._group_of_document
-        same = np.stack([np.isin(groups[rows], groups[wanted]) for wanted in answers])
-        refused = np.stack([np.isin(rows, self._refused[text]) for text in texts])
-        return torch.from_numpy(positives), torch.from_numpy(same & ~positives & ~refused)
+        rows = np.array(documents, dtype=np.int64)
+        same = self._lookalikes.pairs(rows, hashes) if self._lookalikes and hashes else None
+        return self._relations.masks(queries, rows, same)
 
 
-def _rows(row_of: dict[str, int], ids: list[str]) -> _Rows:
-    return np.array([row_of[id_] for id_ in ids], dtype=np.int64)
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What one rank makes of a batch: queries with their texts and picked positives, documents."""
 
-
-def _without(rows: _Rows, others: _Rows) -> _Rows:
-    return rows[~np.isin(rows, others)] if len(rows) else rows
-
-
-def _by_text(texts: list[str], judged: list[_Rows]) -> dict[str, _Rows]:
-    """What is judged for a text, whatever its case: the rows of every query that asks it."""
-    together: dict[str, list[np.ndarray]] = {}
-    for text, rows in zip(texts, judged, strict=True):
-        together.setdefault(text.casefold(), []).append(rows)
-    return {text: np.unique(np.concatenate(rows)) for text, rows in together.items()}
+    queries: list[int]
+    texts: list[str]
+    picked: list[int]
+    documents: list[int]
 
 
 def _weights(dataset: RetrievalDataset, kind_weights: dict[str, float]) -> list[float]:
@@ -186,12 +250,3 @@ def _weights(dataset: RetrievalDataset, kind_weights: dict[str, float]) -> list[
             f"queries are of the kinds {sorted(kinds)}"
         )
     return [kind_weights.get(query.kind, 1.0) for query in dataset.queries]
-
-
-def _groups(dataset: RetrievalDataset, ignore: str) -> np.ndarray | None:
-    """A number for each document; documents of equal number are no negatives to each other."""
-    if ignore == "none":
-        return None
-    if ignore == "page":
-        return dataset.corpus.page_keys
-    return np.unique(dataset.corpus.documents, return_inverse=True)[1]

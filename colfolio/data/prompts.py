@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pydantic import Field
 from tokenizers import Tokenizer
@@ -12,6 +12,7 @@ from colfolio.config import Settings
 from colfolio.errors import CheckpointError
 
 IMAGE_TOKEN = "<|image_pad|>"
+VIDEO_TOKEN = "<|video_pad|>"
 QUERY_SLOT = "{query}"
 
 
@@ -22,7 +23,8 @@ class Templates(Settings):
         query: holds `{query}` once.
         query_suffix: an augmentation token (query expansion of ColBERT), put behind the query
             `num_query_suffix` times.
-        document: holds `<|image_pad|>` once; it is repeated once a visual token.
+        document: holds `<|image_pad|>` once; it is repeated once a visual token. Around a clip it
+            is the same, with `<|video_pad|>` in that place.
     """
 
     query: str = QUERY_SLOT
@@ -48,6 +50,8 @@ class Prompter:
                 f" received {templates.query!r} and {templates.document!r}"
             )
         self.image_token_id = _special_id(tokenizer, IMAGE_TOKEN)
+        # None: a tokenizer without it serves pages all the same
+        self.video_token_id: int | None = tokenizer.token_to_id(VIDEO_TOKEN)
         suffix = _special_id(tokenizer, templates.query_suffix)
         self._suffix = [suffix] * templates.num_query_suffix
         own = Tokenizer.from_str(tokenizer.to_str())  # its settings are changed below
@@ -73,11 +77,19 @@ class Prompter:
         behind = self._after_query + self._suffix
         return [self._before_query + encoding.ids + behind for encoding in encoded]
 
-    def document_ids(self, num_visual_tokens: Sequence[int]) -> list[list[int]]:
-        """Token ids of documents with so many visual tokens each."""
+    def document_ids(
+        self, num_visual_tokens: Sequence[int], clips: Collection[int] = ()
+    ) -> list[list[int]]:
+        """Token ids of documents with so many visual tokens each; `clips` are the rows of video.
+
+        Raises:
+            CheckpointError: there is a clip, and the tokenizer has no token for it.
+        """
+        image = self.image_token_id
+        video = _special_id(self._tokenizer, VIDEO_TOKEN) if clips else image
         return [
-            self._before + [self.image_token_id] * count + self._after
-            for count in num_visual_tokens
+            self._before + [video if row in clips else image] * count + self._after
+            for row, count in enumerate(num_visual_tokens)
         ]
 
 
@@ -97,5 +109,7 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def _special_id(tokenizer: Tokenizer, token: str) -> int:
     index = tokenizer.token_to_id(token)
     if index is None:
-        raise CheckpointError(f"the tokenizer has no token {token!r}, which the templates use")
+        raise CheckpointError(
+            f"the tokenizer has no token {token!r}, which templates and clips need"
+        )
     return index

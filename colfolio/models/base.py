@@ -17,7 +17,7 @@ from torch import nn
 
 from colfolio.config import Settings
 from colfolio.data.patches import PixelBudget
-from colfolio.data.prompts import IMAGE_TOKEN, Templates
+from colfolio.data.prompts import IMAGE_TOKEN, VIDEO_TOKEN, Templates
 from colfolio.errors import CheckpointError
 from colfolio.models.checkpoint import (
     cast_parameters,
@@ -30,7 +30,6 @@ from colfolio.models.contract import Contract, check_contract, hash_weights
 from colfolio.models.families import CONFIG_ERRORS, family_of
 from colfolio.models.retriever import Retriever
 
-VIDEO_TOKEN = "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 _SPECIAL = (
     "<|endoftext|>",

@@ -6,7 +6,7 @@ Letters: N tokens of all rows, P patches, V visual tokens, H hidden size.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,15 @@ from colfolio.batch import MultiVectors, Packed
 from colfolio.data.collate import Collator
 from colfolio.data.pages.images import load_image
 from colfolio.data.prompts import Prompter
+from colfolio.data.video import Clip
 from colfolio.errors import ColfolioError
+from colfolio.models.border import Border, BorderOutput
 from colfolio.models.checkpoint import cast_parameters, load_parts, save_parts
 from colfolio.models.contract import Contract, hash_weights
-from colfolio.models.vision_positions import vision_position_ids
+from colfolio.models.towers import Stretch, run_text, run_vision
 
 # "_": images of one call may differ in size
-ImageLike = UInt8[np.ndarray, "_H _W 3"] | Path | str | Image.Image
+DocumentLike = UInt8[np.ndarray, "_H _W 3"] | Path | str | Image.Image | Clip
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +100,16 @@ class Retriever(nn.Module):
             cast_parameters(retriever, dtype)
         return retriever.to(place).eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, tokenizer, configuration and contract; aside first, then renamed."""
-        save_parts(
-            Path(folder), self.weights(), self.backbone.config, self.tokenizer, self.contract
-        )
+    def save_pretrained(
+        self, folder: str | Path, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write weights, tokenizer, configuration and contract; aside first, then renamed.
+
+        Args:
+            weights: those of `weights()`, put together by the caller if they are spread over ranks.
+        """
+        named = self.weights() if weights is None else weights
+        save_parts(Path(folder), named, self.backbone.config, self.tokenizer, self.contract)
 
     def weights(self) -> dict[str, Tensor]:
         """All tensors by colpali-engine's names: `language_model`, `visual`, `custom_text_proj`."""
@@ -120,36 +127,67 @@ class Retriever(nn.Module):
         """Dimensions of each vector."""
         return self.contract.dim
 
+    def units(self) -> list[nn.Module]:
+        """The modules that hold all parameters, each run by a call; of these a model is sharded."""
+        visual, text = self.backbone.visual, self.backbone.language_model
+        vision = [visual.patch_embed, *visual.blocks, visual.merger]
+        return [*vision, text.embed_tokens, *text.layers, text.norm, self.projection]
+
     def fingerprint(self) -> str:
         """SHA-256 of all that decides a vector: the weights as they are now, and the contract."""
         both = hash_weights(self.weights()) + self.contract.model_dump_json()
         return hashlib.sha256(both.encode()).hexdigest()
 
-    def forward(self, packed: Packed) -> MultiVectors:
-        """Vectors of unit length, one a token, for packed queries or documents."""
-        embeddings = self.backbone.language_model.embed_tokens(packed.token_ids)  # [N, H]
-        if len(packed.grid_thw):
-            visual = packed.token_ids == self.collator.prompter.image_token_id
-            features = self._visual_features(packed).to(embeddings.dtype)  # [V, H]
-            embeddings = embeddings.masked_scatter(visual.unsqueeze(1), features)
-        hidden = self.backbone.language_model(
-            inputs_embeds=embeddings.unsqueeze(0),
-            position_ids=packed.position_ids.unsqueeze(1),
-            cu_seq_lens_q=packed.offsets,
-            use_cache=False,
-        ).last_hidden_state[0]
+    def forward(self, packed: Packed, below: BorderOutput | None = None) -> MultiVectors:
+        """Vectors of unit length, one a token, for packed queries or documents.
+
+        Args:
+            below: what `run_below` made of the same batch; only what lies above its border runs.
+        """
+        layers = below.border.layers if below and below.border.tower == "text" else 0
+        states = below.states if below and layers else self._embeddings(packed, below)
+        hidden = run_text(self.backbone.language_model, states, packed, Stretch(layers))
         vectors = self.projection(hidden)  # [N, dim]
         vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         return MultiVectors(F.normalize(vectors, dim=-1), packed.offsets)
 
-    def _visual_features(self, packed: Packed) -> Float[Tensor, "V H"]:
-        visual = self.backbone.visual
-        merge = self.contract.pixel_budget.merge
-        return visual(
-            packed.patches.to(visual.dtype),
-            packed.grid_thw,
-            position_ids=vision_position_ids(packed.grid_thw, merge).to(packed.patches.device),
-        ).pooler_output
+    @torch.no_grad()
+    def run_below(self, packed: Packed, border: Border) -> BorderOutput:
+        """What the layers below a border make of a batch; see `frozen_border`."""
+        visual, text = self.backbone.visual, self.backbone.language_model
+        if border.tower == "vision":
+            stretch = Stretch(end=border.layers)
+            return BorderOutput(
+                border, run_vision(visual, packed.patches, packed, self._merge, stretch)
+            )
+        if not border.layers:
+            return BorderOutput(border, run_vision(visual, packed.patches, packed, self._merge))
+        embeddings = self._embeddings(packed, None)
+        return BorderOutput(border, run_text(text, embeddings, packed, Stretch(end=border.layers)))
+
+    def _embeddings(self, packed: Packed, below: BorderOutput | None) -> Float[Tensor, "N H"]:
+        """What the text tower reads: embedded tokens, and visual features in their places."""
+        embeddings = self.backbone.language_model.embed_tokens(packed.token_ids)  # [N, H]
+        if not len(packed.grid_thw):
+            return embeddings
+        prompter = self.collator.prompter
+        visual = packed.token_ids == prompter.image_token_id
+        if prompter.video_token_id is not None:
+            visual = visual | (packed.token_ids == prompter.video_token_id)
+        features = self._visual_features(packed, below).to(embeddings.dtype)  # [V, H]
+        return embeddings.masked_scatter(visual.unsqueeze(1), features)
+
+    def _visual_features(self, packed: Packed, below: BorderOutput | None) -> Float[Tensor, "V H"]:
+        if below is None:
+            return run_vision(self.backbone.visual, packed.patches, packed, self._merge)
+        if below.border.tower == "text":
+            return below.states
+        stretch = Stretch(below.border.layers)
+        return run_vision(self.backbone.visual, below.states, packed, self._merge, stretch)
+
+    @property
+    def _merge(self) -> int:
+        return self.contract.pixel_budget.merge
 
     def encode_queries(self, queries: Sequence[str], batch_size: int = 128) -> MultiVectors:
         """Vectors of texts, float32 on the CPU, in the given order.
@@ -169,22 +207,19 @@ class Retriever(nn.Module):
         )
 
     def encode_documents(
-        self, documents: Iterable[ImageLike], batch_size: int = 64
+        self, documents: Iterable[DocumentLike], batch_size: int = 64
     ) -> MultiVectors:
-        """Vectors of images (arrays, PIL images, paths), float32 on the CPU, in the given order."""
-        images = [_pixels(document) for document in documents]
-        sizes = [rows * columns for rows, columns in map(self._token_grid, images)]
+        """Vectors of images (arrays, PIL images, paths) and clips, float32 on the CPU, in order."""
+        shown = [_shown(document) for document in documents]
+        sizes = [self.collator.num_visual_tokens(each) for each in shown]
         return self._encode(
-            sizes, batch_size, lambda rows: self.collator.documents([images[row] for row in rows])
+            sizes, batch_size, lambda rows: self.collator.documents([shown[row] for row in rows])
         )
 
     def visual_span(self, image_size: tuple[int, int]) -> VisualSpan:
         """Which vectors of a document are its image's, for an image of `(height, width)` pixels."""
         rows, columns = self.collator.document_size(*image_size)
         return VisualSpan(self.collator.prompter.num_before_image, rows, columns)
-
-    def _token_grid(self, image: np.ndarray) -> tuple[int, int]:
-        return self.collator.document_size(*image.shape[:2])
 
     @torch.no_grad()
     def _encode(
@@ -237,7 +272,9 @@ def _batches(order: list[int], size: int) -> Iterator[list[int]]:
     return (order[start : start + size] for start in range(0, len(order), size))
 
 
-def _pixels(document: ImageLike) -> np.ndarray:
+def _shown(document: DocumentLike) -> np.ndarray | Clip:
+    if isinstance(document, Clip):
+        return document
     if isinstance(document, np.ndarray):
         if document.dtype != np.uint8 or document.ndim != 3 or document.shape[2] != 3:
             raise ValueError(

@@ -19,6 +19,9 @@ from PIL import Image
 
 STRIP_CELLS = (8, 64)
 PAGE_CELLS = (64, 64)
+# Bits that may differ between near duplicates, as a share of the bits set in both.
+MAX_SHARE = {"strip": 0.2, "page": 0.3}
+_LENGTH_TOLERANCE = 0.16
 _STEP = 4
 _INK = 200
 _BLOCK = 512
@@ -65,7 +68,10 @@ def difference_hash(
 
 
 def near_duplicates(
-    candidates: Hashes, references: Hashes, max_share: float, tolerance: float = 0.16
+    candidates: Hashes,
+    references: Hashes,
+    max_share: float,
+    tolerance: float = _LENGTH_TOLERANCE,
 ) -> Bool[np.ndarray, " n"]:
     """Which candidates have a reference with nearly the same hash and about the same length.
 
@@ -93,6 +99,14 @@ def near_duplicates(
             is_near &= gap <= tolerance * lengths[None, chosen]
             found[block] |= is_near.any(axis=1)
     return found
+
+
+def near_pairs(
+    left: Hashes, right: Hashes, max_share: float, tolerance: float = _LENGTH_TOLERANCE
+) -> Bool[np.ndarray, "n m"]:
+    """Which pairs are near duplicates, by the same measure as `near_duplicates`."""
+    gap = np.abs(left.lengths[:, None] - right.lengths[None])
+    return (_shares(left.words, right.words) <= max_share) & (gap <= tolerance * right.lengths)
 
 
 def _shares(

@@ -11,13 +11,12 @@ import pyarrow as pa
 from jaxtyping import Bool
 
 from colfolio.data.dataset import Query
-from colfolio.data.preparing.deduplicate import Hashes, near_duplicates
+from colfolio.data.preparing.deduplicate import MAX_SHARE, Hashes, near_duplicates
 from colfolio.data.preparing.shards import iterate_rows, no_rows, read_rows
 from colfolio.data.query_text import query_id, text_key
 
 _DESCRIBING = ["suffix", "texts", "kind", "digest", "hash", "length"]
 _KIND_OF_QUERY = {"heading": "heading", "page": "heading", "words": "words"}
-_MAX_SHARE = {"strip": 0.2, "page": 0.3}
 _WRITE_BYTES = 32 * 2**20
 
 
@@ -93,7 +92,7 @@ def remove_leaks(
         ],
         dtype=bool,
     )
-    most = _MAX_SHARE["page" if "page" in rows.kinds else "strip"]
+    most = MAX_SHARE["page" if "page" in rows.kinds else "strip"]
     is_near = np.zeros(len(rows.ids), dtype=bool)
     for others in held_out:
         is_near |= near_duplicates(rows.hashes, others.hashes, most)

@@ -73,7 +73,7 @@ def test_a_query_of_no_tokens_at_all_is_refused_by_name(make_retriever, tiny_sha
 def test_an_array_that_is_no_rgb_image_is_refused(pixels):
     # unwrapped, because the shapes that tests execute refuse these before the code does
     with pytest.raises(ValueError, match=r"uint8 \[height, width, 3\]"):
-        inspect.unwrap(retriever_module._pixels)(pixels)
+        inspect.unwrap(retriever_module._shown)(pixels)
 
 
 def test_an_image_that_cannot_be_read_is_named(shared_retriever, tmp_path):
