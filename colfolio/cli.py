@@ -114,16 +114,41 @@ def train(
     *,
     resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU if unset.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Processes on this host; one a GPU if unset.", min=1)
+    ] = None,
 ) -> None:
-    """Train from a recipe, or go on with a run."""
+    """Train from a recipe, or go on with a run; on every GPU of the host."""
     from colfolio.commands.train import resume_command, train_command
 
     if (recipe is None) == (resume is None):
         raise typer.BadParameter("give a recipe, or --resume with a run folder")
     if resume is not None:
-        resume_command(resume, device=device)
-    elif recipe is not None:
-        train_command(recipe, overrides or [], device=device)
+        code = resume_command(resume, device=device, ranks=ranks)
+    else:
+        assert recipe is not None
+        code = train_command(recipe, overrides or [], device=device, ranks=ranks)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    overrides: Overrides = None,
+    *,
+    gpu: Annotated[
+        str | None, typer.Option(help="As h100-80gb or t4-16gb; this machine if unset.")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="That share a batch; one a GPU if unset.", min=1)
+    ] = None,
+) -> None:
+    """Say what a recipe takes in memory, time and disk; exit 1 if it does not fit."""
+    from colfolio.commands.plan import plan_command
+
+    if not plan_command(recipe, overrides or [], gpu=gpu, ranks=ranks):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -13,10 +13,13 @@ from rich.table import Table
 from colfolio.training import StepReport
 
 _SMOOTH = 50
+_FLOOR_SHOWN = 0.001
 
 
 class LiveTraining:
-    """Loss beside its chance level, margin, nDCG, rows a second and time left.
+    """Loss beside its chance level and floor, margin, candidates, nDCG, pace and time left.
+
+    What says nothing is left out: a floor of nearly 0, skipped steps where there are none.
 
     Args:
         console: where to draw; if it is no terminal, a plain line is printed every `plain_every`.
@@ -33,6 +36,7 @@ class LiveTraining:
         self._plain_every = plain_every
         self._recent: deque[StepReport] = deque(maxlen=_SMOOTH)
         self._evaluated: list[tuple[int, float]] = []
+        self._skipped = 0
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> LiveTraining:
@@ -51,6 +55,7 @@ class LiveTraining:
     def step(self, report: StepReport) -> None:
         """Show a step."""
         self._recent.append(report)
+        self._skipped += report.skipped
         if self._console.is_terminal:
             self._live.update(self._table(report), refresh=report.step % 5 == 0)
         elif report.step % self._plain_every == 0 or report.step == self._steps:
@@ -70,24 +75,34 @@ class LiveTraining:
             "step": f"{report.step}/{self._steps}",
             "loss": f"{self._mean('loss'):.3f}",
             "chance": f"{report.chance:.3f}",
+            "floor": f"{report.floor:.3f}" if report.floor >= _FLOOR_SHOWN else "",
             "margin": f"{self._mean('margin'):+.2f}",
             "first": f"{self._mean('accuracy'):.0%}",
+            "candidates": f"{self._mean('candidates'):.0f}",
+            "masked": f"{self._mean('masked'):.1f}" if self._mean("masked") else "",
             f"val {self._metric}": f"{self._evaluated[-1][1]:.3f}" if self._evaluated else "–",
             "rows/s": f"{self._rows_per_second():.0f}",
             "left": _clock(self._seconds_left(report.step)),
+            "skipped": f"{self._skipped}" if self._skipped else "",
         }
+        shown = {name: cell for name, cell in cells.items() if cell}
         table.add_column("")
-        for name in cells:
+        for name in shown:
             table.add_column(name, justify="right")
-        bar = ProgressBar(total=self._steps, completed=report.step, width=24)
-        table.add_row(bar, *cells.values())
+        bar = ProgressBar(total=self._steps, completed=report.step, width=16)
+        table.add_row(bar, *shown.values())
         return table
 
     def _line(self, report: StepReport) -> str:
+        floor = f", floor {report.floor:.3f}" if report.floor >= _FLOOR_SHOWN else ""
+        masked = f" ({self._mean('masked'):.1f} masked)" if self._mean("masked") else ""
+        skipped = f", {self._skipped} skipped: gradients overflowed" if self._skipped else ""
         return (
             f"step {report.step}/{self._steps}: loss {self._mean('loss'):.3f} "
-            f"(chance {report.chance:.3f}), margin {self._mean('margin'):+.2f}, "
+            f"(chance {report.chance:.3f}{floor}), margin {self._mean('margin'):+.2f}, "
+            f"{self._mean('candidates'):.0f} candidates{masked}, "
             f"{self._rows_per_second():.0f} rows/s, {_clock(self._seconds_left(report.step))} left"
+            f"{skipped}"
         )
 
     def _mean(self, name: str) -> float:

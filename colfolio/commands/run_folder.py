@@ -18,6 +18,7 @@ RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
+FEATURES = "features"
 
 
 class ValidationSettings(Settings):
@@ -74,6 +75,11 @@ class RunFolder:
     def model(self) -> Path:
         """Where the model stands when the run is done."""
         return self.path / MODEL
+
+    @property
+    def features(self) -> Path:
+        """Where the output of frozen layers is kept across epochs, if it is."""
+        return self.path / FEATURES
 
     @property
     def log(self) -> Path:

@@ -12,6 +12,7 @@ from torch.nn.functional import embedding_bag
 
 from colfolio.batch import MultiVectors
 from colfolio.maxsim.product import inner_products
+from colfolio.maxsim.sides import check_sides
 
 # Similarities held at a time: 2^21 float32 are 8 MiB, about one core's share of the cache.
 _TILE = 1 << 21
@@ -38,15 +39,7 @@ def maxsim_tiled(
     Raises:
         ValueError: a row has no vectors, or the dimensions differ.
     """
-    for side, name in ((queries, "query"), (documents, "document")):
-        if (side.lengths == 0).any():
-            row = int((side.lengths == 0).nonzero()[0])
-            raise ValueError(f"{name} {row} has no vectors, so it has no best match")
-    if queries.vectors.shape[1] != documents.vectors.shape[1]:
-        raise ValueError(
-            f"query vectors have {queries.vectors.shape[1]} dimensions, "
-            f"document vectors {documents.vectors.shape[1]}"
-        )
+    check_sides(queries, documents)
     sides = queries.vectors, queries.offsets, documents.vectors, documents.offsets
     wants_gradient = queries.vectors.requires_grad or documents.vectors.requires_grad
     if torch.is_grad_enabled() and wants_gradient:

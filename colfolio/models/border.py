@@ -60,9 +60,10 @@ def frozen_parts(backbone: Any, border: Border) -> list[nn.Module]:
     """The modules below a border, in the order in which they run."""
     visual, text = backbone.visual, backbone.language_model
     if border.tower == "vision":
-        return [visual.patch_embed, *visual.blocks[: border.layers]]
-    below: list[nn.Module] = [visual]
-    return [*below, text.embed_tokens, *text.layers[: border.layers]] if border.layers else below
+        return [visual.patch_embed, visual.rotary_pos_emb, *visual.blocks[: border.layers]]
+    if not border.layers:
+        return [visual]
+    return [visual, text.embed_tokens, text.rotary_emb, *text.layers[: border.layers]]
 
 
 def _num_frozen(layers: nn.ModuleList) -> int:

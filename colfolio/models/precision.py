@@ -6,7 +6,14 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["auto", "fp32", "bf16"]
+SettledPrecision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", SettledPrecision]
+
+_DTYPES: dict[SettledPrecision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
@@ -14,18 +21,26 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
 
     Args:
         precision: `auto` is bf16 where the machine computes it natively, and the weights' own dtype
-            elsewhere, as `fp32` is everywhere.
+            elsewhere, as `fp32` is everywhere. fp16 is never chosen unasked: its range is narrow,
+            and training in it needs a scaled loss.
         device: of the model.
     """
-    is_bf16 = settled_precision(precision, device) == "bf16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16)
+    settled = settled_precision(precision, device)
+    if settled == "fp32":
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=_DTYPES[settled])
 
 
-def settled_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+def settled_precision(precision: Precision, device: torch.device) -> SettledPrecision:
     """What a wish comes to on a device."""
     if precision == "auto":
         return "bf16" if _computes_bf16(device) else "fp32"
     return precision
+
+
+def product_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of products of matrices under `autocast`, for weights of float32."""
+    return _DTYPES[settled_precision(precision, device)]
 
 
 def _computes_bf16(device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from colfolio.attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
+from colfolio.attention import set_attention
 from colfolio.batch import MultiVectors, Packed
 from colfolio.data.collate import Collator
 from colfolio.data.pages.images import load_image
@@ -62,9 +62,7 @@ class Retriever(nn.Module):
         contract: Contract,
     ) -> None:
         super().__init__()
-        register_attention()
-        backbone.set_attn_implementation(TEXT_ATTENTION)
-        backbone.visual.config._attn_implementation = VISION_ATTENTION
+        set_attention(backbone)
         if not isinstance(backbone.visual.patch_embed, LinearPatchEmbed):
             backbone.visual.patch_embed = LinearPatchEmbed(backbone.visual.patch_embed.proj)
         # Any: which attributes a family's model has is known to `transformers` only at run time

@@ -1,13 +1,13 @@
 """Training: losses, optimiser, the loop, and checkpoints that resume to the bit."""
 
-from colfolio.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from colfolio.training.loop import (
-    StepReport,
-    TrainingState,
-    TrainSettings,
-    start_training,
-    train,
+from colfolio.training.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    save_model,
 )
+from colfolio.training.loop import StepReport, train
+from colfolio.training.state import TrainingState, TrainSettings, start_training
 
 __all__ = [
     "StepReport",
@@ -16,6 +16,7 @@ __all__ = [
     "load_checkpoint",
     "newest_checkpoint",
     "save_checkpoint",
+    "save_model",
     "start_training",
     "train",
 ]

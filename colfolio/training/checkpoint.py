@@ -10,18 +10,23 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from colfolio.config import validated
 from colfolio.data.sampler import SamplerPosition
+from colfolio.distributed import World, gather_state, place_optimiser_state
 from colfolio.errors import CheckpointError
 from colfolio.models.retriever import Retriever
-from colfolio.training.loop import TrainingState, TrainSettings, start_training
+from colfolio.training.state import TrainingState, TrainSettings, start_training
 
 MODEL_FOLDER = "model"
 _OPTIMISER_FILE = "optimiser.pt"
 _STATE_FILE = "state.json"
+# settings that change no gradient, only what it costs
+_FREE = ("memory", "features", "attention", "gradient_checkpointing", "parallel")
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -30,6 +35,8 @@ def save_checkpoint(
 ) -> Path:
     """Save a training state as `folder/step-N` and delete all but the newest `keep` checkpoints.
 
+    Of several ranks all call it, and the main one writes; nothing in it tells how many there were.
+
     Args:
         dataset_fingerprint: of the training split; a resumed run must have the same.
         keep: how many checkpoints stay, at least 1.
@@ -37,28 +44,35 @@ def save_checkpoint(
     Raises:
         CheckpointError: it cannot be written; earlier checkpoints stay as they are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state.step:06d}"
-    aside = folder / f".{final.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        state.retriever.save_pretrained(aside / MODEL_FOLDER)
-        _write_optimiser(state, aside / _OPTIMISER_FILE)
+    weights = gather_state(state.retriever.weights())
+    optimiser = gather_state(state.optimiser.state_dict())
+    if state.world.is_main:
         values = {
             "step": state.step,
             "position": {"epoch": state.position.epoch, "index": state.position.index},
             "settings": state.settings.model_dump(mode="json"),
+            "scaler": state.scaler.state_dict(),
             "dataset": dataset_fingerprint,
         }
-        (aside / _STATE_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    for step, path in _checkpoints(folder)[:-keep]:
-        if step != state.step:
-            shutil.rmtree(path)
+        _write(state.retriever, final, weights, optimiser, values)
+        for step, path in _checkpoints(folder)[:-keep]:
+            if step != state.step:
+                shutil.rmtree(path)
+    state.world.barrier()
     return final
+
+
+def save_model(state: TrainingState, folder: Path) -> None:
+    """Save the model alone, as `Retriever.save_pretrained` does; all ranks call it.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    weights = gather_state(state.retriever.weights())
+    if state.world.is_main:
+        state.retriever.save_pretrained(folder, weights)
+    state.world.barrier()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -72,14 +86,19 @@ def load_checkpoint(
     settings: TrainSettings,
     dataset_fingerprint: str,
     device: str | torch.device | None = None,
+    world: World | None = None,
+    features_folder: Path | None = None,
 ) -> TrainingState:
     """The training state saved in a checkpoint, ready to go on.
 
     Args:
         settings: of the run that goes on; they must be those of the checkpoint, which also says
-            what they leave to the machine.
+            what they leave to the machine. Those that change no gradient may be others: memory,
+            features, attention, gradient_checkpointing, parallel.
         dataset_fingerprint: of the training split, likewise.
         device: where to train; None takes a GPU if there is one.
+        world: the ranks that go on; they may be more or fewer than those that saved.
+        features_folder: as of `start_training`.
 
     Raises:
         CheckpointError: a file is missing or damaged, or settings or data are not the same.
@@ -87,10 +106,9 @@ def load_checkpoint(
     try:
         values = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
         position = SamplerPosition(**values["position"])
-        step, dataset = int(values["step"]), values["dataset"]
+        step, dataset, scaler = int(values["step"]), values["dataset"], values["scaler"]
         saved = validated(values["settings"], TrainSettings, str(path / _STATE_FILE))
-        optimiser = torch.load(path / _OPTIMISER_FILE, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged file
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be resumed from: {error}") from None
     _check_same(path, saved, settings)
     if dataset != dataset_fingerprint:
@@ -98,22 +116,56 @@ def load_checkpoint(
             f"{path}: was trained on other data (fingerprint {dataset[:12]}, now "
             f"{dataset_fingerprint[:12]}); resume needs the same training split"
         )
-    state = start_training(Retriever.from_pretrained(path / MODEL_FOLDER, device=device), saved)
+    retriever = Retriever.from_pretrained(path / MODEL_FOLDER, device=device)
+    free = {name: getattr(settings, name) for name in _FREE}
+    state = start_training(retriever, saved.model_copy(update=free), world, features_folder)
+    optimiser = _read_optimiser(path / _OPTIMISER_FILE)
     try:
-        state.optimiser.load_state_dict(optimiser)
+        state.optimiser.load_state_dict(place_optimiser_state(state.optimiser, optimiser))
+        state.scaler.load_state_dict(scaler)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{path / _OPTIMISER_FILE}: is of another model: {error}") from None
     state.step, state.position = step, position
     return state
 
 
-def _write_optimiser(state: TrainingState, path: Path) -> None:
+def _write(
+    retriever: Retriever,
+    final: Path,
+    weights: dict[str, Tensor],
+    optimiser: dict[str, Any],
+    values: dict[str, Any],
+) -> None:
+    """Write a checkpoint aside and rename it into place."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.with_name(f".{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
     try:
-        torch.save(state.optimiser.state_dict(), path)
+        retriever.save_pretrained(aside / MODEL_FOLDER, weights)
+        _write_optimiser(optimiser, aside / _OPTIMISER_FILE)
+        text = json.dumps(values, indent=2) + "\n"
+        (aside / _STATE_FILE).write_text(text, encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_optimiser(optimiser: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(optimiser, path)
     except RuntimeError as error:  # a full disk is not an OSError here
         raise CheckpointError(
             f"{path}: cannot be written, is the disk full? ({error}); earlier checkpoints stay"
         ) from None
+
+
+def _read_optimiser(path: Path) -> dict[str, Any]:
+    """Read once the optimiser is built: torch must know the classes of its state."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise CheckpointError(f"{path}: cannot be resumed from: {error}") from None
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -129,7 +181,7 @@ def _check_same(path: Path, saved: TrainSettings, settings: TrainSettings) -> No
     changed = [
         f"{key}: {before[key]} then, {now[key]} now"
         for key in before
-        if before[key] != now[key] and (key, now[key]) not in left_open
+        if before[key] != now[key] and key not in _FREE and (key, now[key]) not in left_open
     ]
     if changed:
         raise CheckpointError(

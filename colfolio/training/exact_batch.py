@@ -3,27 +3,35 @@
 Vectors first, chunk by chunk; then one loss over all of them, which gives the gradient of every
 vector; then each chunk again, with the gradient of its vectors put in (gradient caching,
 arXiv:2101.06983). A chunk whose graph fits the budget keeps it and is not run again, so that a
-batch that fits costs one pass. Neither chunk size nor budget changes the gradient.
+batch that fits costs one pass. What lies below the lowest trainable layer runs once. Neither chunk
+size nor budget nor the number of ranks changes the gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from colfolio.batch import ContrastiveBatch, MultiVectors, Packed
+from colfolio.batch import ContrastiveBatch, MultiVectors, offsets_of
 from colfolio.config import Settings
+from colfolio.distributed import World
 from colfolio.maxsim import maxsim
+from colfolio.models.border import BorderOutput
+from colfolio.models.precision import Precision, autocast
+from colfolio.models.retriever import Retriever
+from colfolio.training.chunks import Chunk, Side, chunks_of, filler, gradients, leaf
+from colfolio.training.dropout import RowDropouts, dropout_keys
+from colfolio.training.feature_cache import FeatureCache
+from colfolio.training.frozen_states import FrozenStates
+from colfolio.training.graph_budget import GraphBudget
 from colfolio.training.losses import ScoreSummary
 
-Encode = Callable[[Packed], MultiVectors]
+Loss = Callable[[Float[Tensor, "queries documents"]], ScoreSummary]
 
 
 class MemorySettings(Settings):
@@ -32,152 +40,157 @@ class MemorySettings(Settings):
     Args:
         chunk_tokens: tokens of queries or of documents that go through the model together; a row
             that has more goes alone. None: all of them.
-        graph_mb: mebibytes of activations that may be kept for backward. A chunk beyond that is
-            run a second time. None: all are kept, and nothing is run twice.
+        activation_mb: mebibytes of activations that may be held for backward. A chunk beyond that
+            is run a second time, so one chunk must fit. None: all are held, nothing is run twice.
     """
 
     chunk_tokens: int | None = Field(default=None, ge=1)
-    graph_mb: float | None = Field(default=None, ge=0)
+    activation_mb: float | None = Field(default=None, gt=0)
 
 
-@dataclass(slots=True)
-class _Chunk:
-    """Rows of one side of a batch; `vectors` hold a graph if it was kept."""
-
-    packed: Packed
-    seed: int
-    vectors: Tensor
-
-    @property
-    def num_vectors(self) -> int:
-        return len(self.packed.token_ids)
-
-
-def exact_backward(
-    encode: Encode,
-    weights: Iterable[nn.Parameter],
-    batch: ContrastiveBatch,
-    loss: Callable[[Float[Tensor, "queries documents"]], ScoreSummary],
-    settings: MemorySettings,
-    seed: int,
-) -> ScoreSummary:
-    """Add the gradient of a batch's loss to the parameters; returns what the loss says.
+class ExactBatch:
+    """Adds the gradient of whole batches to the parameters of a model.
 
     Args:
-        encode: packed inputs to vectors, by a model.
-        weights: the model's parameters, which graphs hold without using memory of their own.
-        batch: on the model's device.
-        loss: of scores float32 `[queries, documents]`.
-        seed: what the model draws at random (dropout) depends on it and on the chunk alone, so
-            that a chunk run twice draws the same.
+        retriever: the model, on its device.
+        settings: chunk size and budget.
+        precision: of the model's arithmetic; scores and loss are float32 at least.
+        world: the ranks that share each batch.
+        is_sharded: the model is spread over them, so that all must run it equally often.
+        cache: for what frozen layers make of documents, across epochs.
+        dropouts: of the model, which draw by row, so that chunks and ranks change no draw. None:
+            it draws from torch's generators, which each chunk seeds; its second run draws alike.
     """
-    meter = _GraphMeter(weights, settings.graph_mb)
-    query_chunks = _first_pass(encode, batch.queries, settings, (seed, 0), meter)
-    document_chunks = _first_pass(encode, batch.documents, settings, (seed, 1), meter)
-    queries = _together(query_chunks, batch.queries)
-    documents = _together(document_chunks, batch.documents)
-    summary = loss(maxsim(queries, documents))
-    summary.loss.backward()
-    waiting = [*_gradients(queries, query_chunks), *_gradients(documents, document_chunks)]
-    # kept graphs first: what they hold is free when the others are built again
-    for chunk, gradient in sorted(waiting, key=lambda pair: not pair[0].vectors.requires_grad):
-        _second_pass(encode, chunk, gradient)
-    return summary
 
+    def __init__(
+        self,
+        retriever: Retriever,
+        settings: MemorySettings,
+        precision: Precision = "fp32",
+        world: World | None = None,
+        *,
+        is_sharded: bool = False,
+        cache: FeatureCache | None = None,
+        dropouts: RowDropouts | None = None,
+    ) -> None:
+        self._retriever = retriever
+        self._chunk_tokens = settings.chunk_tokens
+        self._precision: Precision = precision
+        self._world = world or World()
+        # with whom to agree on what is run: ranks that hold the whole model need not
+        self._partners = self._world if is_sharded else World()
+        self._budget = GraphBudget(retriever, settings.activation_mb)
+        self._dropouts = dropouts
+        self._has_cache = cache is not None
+        self._frozen = FrozenStates(retriever, precision, cache, self._partners)
 
-def _chunks(packed: Packed, chunk_tokens: int | None) -> Iterator[Packed]:
-    """Runs of rows of at most so many tokens, or of one row that has more."""
-    if chunk_tokens is None:
-        yield packed
-        return
-    begin, offsets = 0, packed.offsets.tolist()
-    for row in range(1, len(packed) + 1):
-        if row == len(packed) or offsets[row + 1] - offsets[begin] > chunk_tokens:
-            yield packed.rows(begin, row)
-            begin = row
+    @property
+    def has_cache(self) -> bool:
+        """Whether what frozen layers make is kept, so that batches should carry digests."""
+        return self._has_cache
 
+    def backward(
+        self,
+        batch: ContrastiveBatch,
+        loss: Loss,
+        seed: int,
+        share: float = 1.0,
+        scale: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+    ) -> ScoreSummary:
+        """Add `share` times the gradient of a batch's loss; returns what the loss says.
 
-def _first_pass(
-    encode: Encode,
-    packed: Packed,
-    settings: MemorySettings,
-    seed: tuple[int, int],
-    meter: _GraphMeter,
-) -> list[_Chunk]:
-    """The vectors of one side, chunk by chunk."""
-    chunks = []
-    for number, rows in enumerate(_chunks(packed, settings.chunk_tokens)):
-        drawn = int(np.random.default_rng((*seed, number)).integers(2**63))
-        chunk = _Chunk(rows, drawn, torch.empty(0))
-        with meter.measuring(chunk) as with_graph:
-            chunk.vectors = _vectors(encode, chunk, with_graph=with_graph)
-        chunks.append(chunk)
-    return chunks
+        Of several ranks, each adds its part: the sum over ranks is the gradient.
 
+        Args:
+            batch: on the model's device.
+            loss: of the scores of all ranks' queries and documents.
+            seed: of all that the model draws at random.
+            share: one over the number of batches of an optimiser step.
+            scale: of the vectors' gradients on their way into a model in half precision.
 
-def _together(chunks: list[_Chunk], packed: Packed) -> MultiVectors:
-    """All vectors of a side as the loss sees them: a leaf, whose gradient is asked for."""
-    vectors = torch.cat([chunk.vectors.detach() for chunk in chunks])
-    return MultiVectors(vectors.requires_grad_(), packed.offsets)
+        Raises:
+            RecipeError: a chunk holds more for backward than the budget.
+        """
+        chunks = self._equally_many(chunks_of(batch, self._chunk_tokens, seed))
+        self._first_pass([*chunks["documents"], *chunks["queries"]])
+        projection = self._retriever.projection
+        documents = leaf(chunks["documents"], batch.documents, projection)
+        queries = leaf(chunks["queries"], batch.queries, projection)
+        summary = loss(self._scores(queries, documents))
+        (summary.loss * share).backward()
+        # in the order of the chunks, whichever graphs were kept, so that sums round alike
+        for side, vectors in (("documents", documents), ("queries", queries)):
+            for chunk, gradient in gradients(vectors, chunks[side]):
+                self._second_pass(chunk, scale(gradient))
+        return summary
 
+    def _equally_many(self, chunks: dict[Side, list[Chunk]]) -> dict[Side, list[Chunk]]:
+        """As many chunks as any rank has that shares this model."""
+        for side, own in chunks.items():
+            missing = max(self._partners.gather_counts(len(own))) - len(own)
+            collator, device = self._retriever.collator, self._retriever.device
+            own += [filler(collator, side, device) for _ in range(missing)]
+        return chunks
 
-def _second_pass(encode: Encode, chunk: _Chunk, gradient: Tensor) -> None:
-    vectors = chunk.vectors
-    if not vectors.requires_grad:
-        vectors = _vectors(encode, chunk, with_graph=True)
-    chunk.vectors = torch.empty(0)
-    vectors.backward(gradient)
+    def _scores(self, queries: MultiVectors, documents: MultiVectors) -> Float[Tensor, "Q D"]:
+        """Scores of all ranks' queries and documents, the same on every rank."""
+        lengths = self._world.gather_rows(documents.lengths, "own")
+        vectors = self._world.gather_rows(documents.vectors, "sum")
+        own = maxsim(queries, MultiVectors(vectors, offsets_of(lengths)))
+        return self._world.gather_rows(own, "own")
 
+    def _first_pass(self, chunks: list[Chunk]) -> None:
+        """The vectors of each chunk; with a graph as far as the budget goes."""
+        self._budget.begin()
+        self._frozen.begin()
+        to_come = sum(chunk.num_tokens for chunk in chunks)
+        for chunk in chunks:
+            to_come -= chunk.num_tokens
+            below = self._below(chunk)
+            has_room = self._budget.has_room(chunk.side, chunk.num_tokens, to_come)
+            is_kept = self._partners.agree(has_room)
+            if is_kept:
+                with self._budget.measuring(chunk.rows) as held:
+                    chunk.vectors = self._vectors(chunk, below, with_graph=True)
+                fits = self._budget.keep(chunk.side, chunk.num_tokens, to_come, held)
+                is_kept = self._partners.agree(fits)
+            else:
+                chunk.vectors = self._vectors(chunk, below, with_graph=False)
+            if not is_kept:
+                chunk.vectors = chunk.vectors.detach()
+                fits = below is None or self._budget.take(below.states.nbytes)
+                chunk.below = below if self._partners.agree(fits) else None
 
-def _vectors(encode: Encode, chunk: _Chunk, *, with_graph: bool) -> Tensor:
-    """Vectors of a chunk; run again, the model draws the same random numbers."""
-    device = chunk.packed.token_ids.device
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.set_grad_enabled(with_graph),
-    ):
-        torch.manual_seed(chunk.seed)
-        return encode(chunk.packed).vectors
+    def _second_pass(self, chunk: Chunk, gradient: Tensor) -> None:
+        vectors = chunk.vectors
+        if not vectors.requires_grad:
+            below = chunk.below or self._below(chunk)
+            with self._budget.measuring(chunk.rows) as held:
+                vectors = self._vectors(chunk, below, with_graph=True)
+            self._budget.check(chunk.side, chunk.num_tokens, held)
+        chunk.vectors, chunk.below = torch.empty(0), None
+        if vectors.requires_grad:  # else nothing that made them trains
+            vectors.backward(gradient)
 
+    def _below(self, chunk: Chunk) -> BorderOutput | None:
+        """What the frozen layers make of a chunk, if there are any."""
+        with self._drawing(chunk):
+            return self._frozen.of(chunk.rows, chunk.digests)
 
-def _gradients(side: MultiVectors, chunks: list[_Chunk]) -> Iterator[tuple[_Chunk, Tensor]]:
-    """Each chunk with the gradient of its vectors."""
-    gradient = side.vectors.grad
-    assert gradient is not None, "the loss does not depend on this side's vectors"
-    return zip(chunks, gradient.split([chunk.num_vectors for chunk in chunks]), strict=True)
-
-
-class _GraphMeter:
-    """Measures what kept graphs hold for backward, and says which chunk may keep its own."""
-
-    def __init__(self, weights: Iterable[nn.Parameter], graph_mb: float | None) -> None:
-        self._budget = None if graph_mb is None else int(graph_mb * 2**20)
-        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
-        self._kept = 0
-        self._a_vector = 0.0  # bytes of graph, the most that was measured
+    def _vectors(self, chunk: Chunk, below: BorderOutput | None, *, with_graph: bool) -> Tensor:
+        """Vectors of a chunk; run again, the model draws the same random numbers."""
+        with self._drawing(chunk), torch.set_grad_enabled(with_graph):
+            return self._retriever(chunk.rows, below).vectors
 
     @contextmanager
-    def measuring(self, chunk: _Chunk) -> Iterator[bool]:
-        """Whether to build the graph of a chunk; if it turns out too large, it is dropped."""
-        if self._budget is None:
-            yield True
-            return
-        if self._kept + self._a_vector * chunk.num_vectors > self._budget or self._budget == 0:
-            yield False
-            return
-        held: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._weights:
-                held[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # the tensor itself would hold its own graph in a circle
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            yield True
-        size = sum(held.values())
-        self._a_vector = max(self._a_vector, size / max(chunk.num_vectors, 1))
-        if self._kept + size > self._budget:
-            chunk.vectors = chunk.vectors.detach()
-        else:
-            self._kept += size
+    def _drawing(self, chunk: Chunk) -> Iterator[None]:
+        device = self._retriever.device
+        with ExitStack() as stack:
+            gpus = [device] if device.type == "cuda" else []
+            stack.enter_context(torch.random.fork_rng(gpus))
+            torch.manual_seed(chunk.replay_seed)
+            if self._dropouts is not None:
+                keys = dropout_keys(chunk.rows, chunk.row_ids, chunk.seed, chunk.side)
+                stack.enter_context(self._dropouts.of(keys))
+            stack.enter_context(autocast(self._precision, device))
+            yield

@@ -2,66 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
+from itertools import islice
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
-from torch.optim import AdamW
 
-from colfolio.batch import ContrastiveBatch, MultiVectors, Packed
-from colfolio.config import Settings
-from colfolio.data.contrastive import BatchSettings, BatchSource, DrawnBatch
+from colfolio.batch import ContrastiveBatch
+from colfolio.data.contrastive import BatchSource, DrawnBatch
 from colfolio.data.dataset import RetrievalDataset
-from colfolio.data.sampler import SamplerPosition
-from colfolio.models.checkpoint import cast_parameters
-from colfolio.models.precision import Precision, autocast, settled_precision
-from colfolio.models.retriever import Retriever
-from colfolio.training.exact_batch import MemorySettings, exact_backward
-from colfolio.training.losses import LossSettings, ScoreSummary, check_masks, info_nce
-from colfolio.training.optim import (
-    OptimiserSettings,
-    build_optimiser,
-    learning_rate,
-    optimiser_step,
-)
-
-
-class TrainSettings(Settings):
-    """What determines the weights that come out.
-
-    Args:
-        steps: optimiser steps of the whole run.
-        seed: of the order of the data, and of dropout where the backbone has any.
-        precision: `auto` is bf16 autocast where the machine computes it natively, else fp32.
-        gradient_checkpointing: keep only the borders of layers and compute the rest again.
-        threads: CPU threads; None leaves them as they are. Another number rounds otherwise.
-    """
-
-    steps: int = Field(ge=1)
-    seed: int = Field(default=0, ge=0)
-    batch: BatchSettings = BatchSettings()
-    memory: MemorySettings = MemorySettings()
-    loss: LossSettings = LossSettings()
-    optimiser: OptimiserSettings = OptimiserSettings()
-    precision: Precision = "auto"
-    gradient_checkpointing: bool = False
-    threads: int | None = Field(default=None, ge=1)
-
-
-@dataclass(slots=True)
-class TrainingState:
-    """Everything that a step changes."""
-
-    retriever: Retriever
-    optimiser: AdamW
-    settings: TrainSettings
-    step: int = 0
-    position: SamplerPosition = field(default_factory=SamplerPosition)
+from colfolio.training.losses import ScoreSummary, check_masks, contrastive_loss, maxsim_range
+from colfolio.training.optim import learning_rate, optimiser_step
+from colfolio.training.state import TrainingState
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +27,9 @@ class StepReport:
 
     Args:
         step: counted from 1; so many steps are done.
-        loss, chance, margin, spread, candidates, accuracy: see `ScoreSummary`.
+        loss, chance, floor, margin, spread, candidates, masked, accuracy: see `ScoreSummary`.
         gradient_norm: of all parameters together, before clipping.
+        skipped: gradients overflowed in half precision, and the weights stayed as they were.
         lr: the learning rate of the step.
         seconds: of the step, waiting for its batch included.
         rows_per_second: queries, each with its document.
@@ -80,34 +38,17 @@ class StepReport:
     step: int
     loss: float
     chance: float
+    floor: float
     margin: float
     spread: float
     candidates: float
+    masked: float
     accuracy: float
     gradient_norm: float
+    skipped: bool
     lr: float
     seconds: float
     rows_per_second: float
-
-
-def start_training(retriever: Retriever, settings: TrainSettings) -> TrainingState:
-    """The state before the first step.
-
-    Weights that train are float32, whatever their file holds: in bf16 a step smaller than a part in
-    256 of a weight would be lost. `precision` is that of the arithmetic alone. What the settings
-    leave to the machine, precision and threads, is settled here, so that a resumed run keeps it.
-    """
-    cast_parameters(retriever, torch.float32)
-    retriever.train()
-    if settings.gradient_checkpointing:
-        retriever.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    settled = settings.model_copy(
-        update={
-            "precision": settled_precision(settings.precision, retriever.device),
-            "threads": settings.threads or torch.get_num_threads(),
-        }
-    )
-    return TrainingState(retriever, build_optimiser(retriever, settings.optimiser), settled)
 
 
 def train(state: TrainingState, dataset: RetrievalDataset) -> Iterator[StepReport]:
@@ -119,7 +60,14 @@ def train(state: TrainingState, dataset: RetrievalDataset) -> Iterator[StepRepor
         FloatingPointError: the loss or the gradient is no longer finite.
     """
     settings = state.settings
-    source = BatchSource(dataset, state.retriever.collator, settings.batch, settings.seed)
+    source = BatchSource(
+        dataset,
+        state.retriever.collator,
+        settings.batch,
+        settings.seed,
+        state.world,
+        with_digests=state.exact.has_cache,
+    )
     return _steps(state, source)
 
 
@@ -128,54 +76,80 @@ def _steps(state: TrainingState, source: BatchSource) -> Iterator[StepReport]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     begin = time.perf_counter()
-    for drawn in _ahead(source.batches(state.position), settings.steps - state.step):
+    num_batches = (settings.steps - state.step) * settings.accumulation
+    coming = _ahead(source.batches(state.position), num_batches)
+    while drawn := list(islice(coming, settings.accumulation)):
+        batches = [source.of_all_ranks(each) for each in drawn]
         rate = learning_rate(state.step, settings.steps, settings.optimiser)
-        summary = _backward(state, drawn.batch)
-        norm = optimiser_step(state.retriever, state.optimiser, rate, settings.optimiser)
+        summary = _backward(state, batches)
+        norm = _optimiser_step(state, rate)
         state.step += 1
-        state.position = drawn.after
+        state.position = drawn[-1].after
         end = time.perf_counter()
-        yield _report(state.step, summary, norm, rate, end - begin, len(drawn.batch.queries))
+        rows = sum(len(batch.positives) for batch in batches)
+        yield _report(state, summary, norm, rate, end - begin, rows)
         begin = time.perf_counter()
 
 
-def _backward(state: TrainingState, batch: ContrastiveBatch) -> ScoreSummary:
-    """The gradient of one batch; dropout draws from (seed, step) alone, so it resumes."""
-    retriever, settings = state.retriever, state.settings
-    check_masks(batch.positives, batch.ignored)
-    batch = batch.to(retriever.device)
+def _backward(state: TrainingState, batches: list[ContrastiveBatch]) -> ScoreSummary:
+    """Add the mean gradient of some batches; what is drawn depends on (seed, step, batch)."""
+    settings = state.settings
+    summaries = []
+    for number, each in enumerate(batches):
+        check_masks(each.positives, each.ignored)
+        batch = each.to(state.retriever.device)
 
-    def encode(packed: Packed) -> MultiVectors:
-        with autocast(settings.precision, retriever.device):
-            return retriever(packed)
+        lengths = state.world.gather_rows(each.queries.lengths, "own")
+        reach = maxsim_range(lengths).to(state.retriever.device)
 
-    def loss(scores: Tensor) -> ScoreSummary:
-        return info_nce(scores, batch.positives, batch.ignored, settings.loss)
+        def loss(
+            scores: Tensor, batch: ContrastiveBatch = batch, reach: Tensor = reach
+        ) -> ScoreSummary:
+            masks = (batch.positives, batch.ignored)
+            return contrastive_loss(scores, *masks, settings.loss, score_range=reach)
 
-    seed = int(np.random.default_rng((settings.seed, 3, state.step)).integers(2**63))
-    weights = retriever.parameters()
-    return exact_backward(encode, weights, batch, loss, settings.memory, seed)
+        drawn = np.random.default_rng((settings.seed, 3, state.step, number))
+        seed = int(drawn.integers(2**63))
+        share = 1 / len(batches)
+        summaries.append(state.exact.backward(batch, loss, seed, share, state.scaler.scale))
+    return _mean(summaries)
+
+
+def _optimiser_step(state: TrainingState, rate: float) -> Tensor:
+    """One step on the gradient of all ranks; returns its norm."""
+    state.world.sum_gradients(state.retriever.parameters())
+    settings = state.settings.optimiser
+    return optimiser_step(state.retriever, state.optimiser, rate, settings, state.scaler)
+
+
+def _mean(summaries: list[ScoreSummary]) -> ScoreSummary:
+    values = [[getattr(each, field.name) for each in summaries] for field in fields(ScoreSummary)]
+    return ScoreSummary(*(torch.stack(each).mean() for each in values))
 
 
 def _report(
-    step: int, summary: ScoreSummary, norm: torch.Tensor, rate: float, seconds: float, rows: int
+    state: TrainingState,
+    summary: ScoreSummary,
+    norm: Tensor,
+    rate: float,
+    seconds: float,
+    rows: int,
 ) -> StepReport:
     """One transfer from the device for all numbers of a step."""
-    numbers = torch.stack(
-        [
-            summary.loss.detach(),
-            summary.chance,
-            summary.margin,
-            summary.spread,
-            summary.candidates,
-            summary.accuracy,
-            norm.to(summary.loss.dtype),
-        ]
-    ).tolist()
+    levels = [getattr(summary, field.name).detach() for field in fields(ScoreSummary)]
+    numbers = torch.stack([level.to(norm) for level in [*levels, norm]]).tolist()
     loss, *_, gradient_norm = numbers
-    if not (abs(loss) < float("inf") and gradient_norm < float("inf")):
-        raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {gradient_norm}")
-    return StepReport(step, *numbers, lr=rate, seconds=seconds, rows_per_second=rows / seconds)
+    may_skip = state.scaler.is_enabled()
+    if not math.isfinite(loss) or not (math.isfinite(gradient_norm) or may_skip):
+        raise FloatingPointError(f"step {state.step}: loss {loss}, gradient norm {gradient_norm}")
+    return StepReport(
+        state.step,
+        *numbers,
+        skipped=not math.isfinite(gradient_norm),
+        lr=rate,
+        seconds=seconds,
+        rows_per_second=rows / seconds,
+    )
 
 
 def _ahead(batches: Iterator[DrawnBatch], count: int) -> Iterator[DrawnBatch]:

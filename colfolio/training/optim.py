@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from typing import Annotated
+import weakref
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
-from torch.optim import AdamW
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import AdamW, Optimizer
 
 from colfolio.config import Settings
+from colfolio.distributed import whole
+from colfolio.errors import ColfolioError
+from colfolio.models.precision import SettledPrecision
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -25,6 +31,7 @@ class OptimiserSettings(Settings):
         warmup_steps: steps of linear rise.
         final_lr_share: the share of `lr` on which the cosine ends.
         clip_norm: the gradient is scaled down to this norm.
+        state: in what the running mean and square are kept; in 8 bits by torchao or bitsandbytes.
     """
 
     lr: float = Field(default=5e-4, gt=0)
@@ -33,12 +40,19 @@ class OptimiserSettings(Settings):
     warmup_steps: int = Field(default=100, ge=0)
     final_lr_share: float = Field(default=0.0, ge=0, le=1)
     clip_norm: float = Field(default=1.0, gt=0)
+    state: Literal["fp32", "torchao_8bit", "bitsandbytes_8bit"] = "fp32"
 
 
-def build_optimiser(model: nn.Module, settings: OptimiserSettings) -> AdamW:
-    """AdamW over the trainable parameters of a model, in order of name."""
+def build_optimiser(model: nn.Module, settings: OptimiserSettings) -> Optimizer:
+    """AdamW over the trainable parameters of a model, in order of name.
+
+    Raises:
+        ColfolioError: the package that keeps the state in 8 bits is missing.
+    """
     embeddings = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+        id(module.weight): module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.weight.requires_grad
     }
     decayed, plain = [], []
     for _, parameter in sorted(model.named_parameters()):
@@ -49,7 +63,21 @@ def build_optimiser(model: nn.Module, settings: OptimiserSettings) -> AdamW:
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+    if settings.state == "fp32":
+        return AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+    package = _package(settings.state)
+    if settings.state == "bitsandbytes_8bit":
+        _keep_in_32_bits(package, list(embeddings.values()))
+    return package.optim.AdamW8bit(groups, lr=settings.lr, betas=settings.betas)
+
+
+def build_scaler(precision: SettledPrecision, device: torch.device) -> GradScaler:
+    """What multiplies gradients on their way through fp16, where small ones would become 0.
+
+    For other precisions it does nothing. It halves its scale when a gradient overflows, and doubles
+    it after 2000 steps without (arXiv:1710.03740, section 3.2).
+    """
+    return GradScaler(device.type, enabled=precision == "fp16")
 
 
 def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
@@ -67,13 +95,58 @@ def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
 
 
 def optimiser_step(
-    model: nn.Module, optimiser: AdamW, rate: float, settings: OptimiserSettings
-) -> torch.Tensor:
-    """Clip, step, and clear the gradients; returns the gradient's norm before clipping."""
+    model: nn.Module,
+    optimiser: Optimizer,
+    rate: float,
+    settings: OptimiserSettings,
+    scaler: GradScaler | None = None,
+) -> Tensor:
+    """Clip, step, and clear the gradients; returns the gradient's norm before clipping.
+
+    Args:
+        scaler: that scaled the gradients. If it finds one that is not finite, neither is the norm,
+            and the step is skipped.
+
+    Raises:
+        FloatingPointError: gradients are not finite even without scaling up.
+    """
+    scaler = scaler or GradScaler(enabled=False)
+    scaler.unscale_(optimiser)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = nn.utils.clip_grad_norm_(trainable, settings.clip_norm)
+    norm = whole(nn.utils.clip_grad_norm_(trainable, settings.clip_norm))
     for group in optimiser.param_groups:
-        group["lr"] = rate
-    optimiser.step()
+        if isinstance(group["lr"], Tensor):  # torchao compiles its step with it
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    scaler.step(optimiser)
+    scaler.update()
     optimiser.zero_grad(set_to_none=True)
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        raise FloatingPointError(
+            f"gradients overflow fp16 at a loss scale of {2 * scaler.get_scale():g} already; train "
+            "with precision bf16 or fp32"
+        )
     return norm
+
+
+def _package(state: str) -> Any:
+    """The package that keeps a state in 8 bits."""
+    name = state.removesuffix("_8bit")
+    try:
+        importlib.import_module(f"{name}.optim")
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ColfolioError(
+            f"optimiser.state {state} needs the package {name} ({error}): "
+            f"pip install 'colfolio[{name}]'"
+        ) from None
+
+
+def _keep_in_32_bits(bitsandbytes: Any, weights: list[Tensor]) -> None:
+    """Embeddings, as the package advises: few of their rows have a gradient in a step."""
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for weight in weights:
+        manager.override_config(weight, "optim_bits", 32)
+        # it remembers by id, which another tensor may have later
+        weakref.finalize(weight, manager.pid2config.pop, id(weight), None)

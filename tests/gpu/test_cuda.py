@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from colfolio import attention
-from colfolio.attention import packed_attention
+from colfolio.attention import choose_attention, packed_attention
 from colfolio.batch import offsets_of
 from colfolio.data.dataset import load_dataset
 from colfolio.maxsim import maxsim
@@ -53,8 +53,8 @@ def test_half_precision_takes_the_ragged_kernel_where_it_knows_windows(monkeypat
     query = torch.zeros(2, 4, 64, device="cuda", dtype=torch.bfloat16)
     kernel = attention.varlen_attn
     is_able = kernel is not None and "window_size" in inspect.signature(kernel).parameters
-    assert attention._has_varlen_kernel(query) == is_able
-    assert not attention._has_varlen_kernel(query.float())
+    assert (choose_attention("auto", query.device, query.dtype) == "varlen") == is_able
+    assert choose_attention("auto", query.device, torch.float32) == "sdpa"
     calls = []
     monkeypatch.setattr(attention, "_varlen", lambda *inputs: calls.append(1) or inputs[0])
     packed_attention(query, query, query, offsets_of([1, 3]), causal=True, scaling=1.0)

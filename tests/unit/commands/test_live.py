@@ -11,11 +11,14 @@ def report(step, **changed):
     values = {
         "loss": 2.0,
         "chance": 4.852,
+        "floor": 0.0,
         "margin": 0.5,
         "spread": 1.0,
         "candidates": 128.0,
+        "masked": 0.0,
         "accuracy": 0.25,
         "gradient_norm": 1.0,
+        "skipped": False,
         "lr": 1e-3,
         "seconds": 0.5,
         "rows_per_second": 256.0,
@@ -37,7 +40,31 @@ def test_without_a_terminal_a_line_is_printed_now_and_then_and_at_the_end(screen
     assert "loss 2.000 (chance 4.852)" in lines[0]
     assert "margin +0.50" in lines[0]
     assert "256 rows/s" in lines[0]
+    assert "128 candidates, " in lines[0]
     assert "00:07 left" in lines[0]
+
+
+def test_floor_masks_and_skipped_steps_are_shown_where_there_are_any(screen):
+    with LiveTraining(Console(file=screen, width=200), steps=4, plain_every=1) as live:
+        live.step(report(1))
+        live.step(report(2, floor=0.25, candidates=120.0, masked=8.0, skipped=True))
+        live.step(report(3, skipped=True))
+    first, second, third = screen.getvalue().splitlines()
+    for word in ("floor", "masked", "skipped"):
+        assert word not in first
+    assert "(chance 4.852, floor 0.250)" in second
+    assert "124 candidates (4.0 masked)" in second
+    assert second.endswith("1 skipped: gradients overflowed")
+    assert third.endswith("2 skipped: gradients overflowed")
+
+
+def test_a_terminal_shows_them_likewise(screen):
+    console = Console(file=screen, force_terminal=True, width=160, color_system=None)
+    with LiveTraining(console, steps=10) as live:
+        for step in range(1, 6):
+            live.step(report(step, floor=0.25, masked=8.0, skipped=step == 2))
+    for part in ("floor", "0.250", "candidates", "masked", "8.0", "skipped"):
+        assert part in screen.getvalue()
 
 
 def test_an_evaluation_is_printed_with_its_step(screen):

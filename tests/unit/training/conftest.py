@@ -1,6 +1,8 @@
 import pytest
+from torch import nn
 
 from colfolio.data.dataset import load_dataset
+from colfolio.models.retriever import Retriever
 from colfolio.training import TrainSettings, start_training, train
 
 
@@ -39,3 +41,19 @@ def trained(make_retriever, shapes):
         return state, list(train(state, shapes))
 
     return trained
+
+
+@pytest.fixture
+def with_dropout(monkeypatch):
+    """Every retriever that is built from now on drops in each feed-forward of its text tower."""
+    build = Retriever.__init__
+
+    def build_dropping(self, *parts):
+        build(self, *parts)
+        for layer in self.backbone.language_model.layers:
+            layer.mlp.act_fn = nn.Sequential(layer.mlp.act_fn, nn.Dropout(0.4))
+
+    def switch_on():
+        monkeypatch.setattr(Retriever, "__init__", build_dropping)
+
+    return switch_on

@@ -40,21 +40,23 @@ def test_another_seed_of_the_data_trains_otherwise(trained, settings):
     )
 
 
-def test_the_global_generator_does_not_decide_what_dropout_drops(trained, settings):
+def test_the_global_generator_does_not_decide_what_dropout_drops(trained, settings, with_dropout):
+    with_dropout()
     weights = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        state, _ = trained(settings, text={"attention_dropout": 0.5})
+        state, _ = trained(settings)
         weights.append(state.retriever.fingerprint())
     assert weights[0] == weights[1]
 
 
 def test_dropout_differs_from_step_to_step(
-    retriever, make_retriever, settings, shapes, monkeypatch
+    retriever, make_retriever, settings, shapes, monkeypatch, with_dropout
 ):
     monkeypatch.setattr(loop, "learning_rate", lambda *_: 0.0)  # only dropout can change the loss
     monkeypatch.setattr(loop, "BatchSource", OneBatch)
-    dropping = make_retriever(text={"attention_dropout": 0.5})
+    with_dropout()
+    dropping = make_retriever()
     losses = [report.loss for report in train(start_training(dropping, settings), shapes)]
     assert len(set(losses)) == len(losses)
     plain = [report.loss for report in train(start_training(retriever, settings), shapes)]

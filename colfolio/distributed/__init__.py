@@ -1,0 +1,17 @@
+"""Several processes that train as one: who they are, what they exchange, how they are started."""
+
+from colfolio.distributed.join import is_in_world, join_world
+from colfolio.distributed.launcher import launch
+from colfolio.distributed.sharding import gather_state, place_optimiser_state, shard, whole
+from colfolio.distributed.world import World
+
+__all__ = [
+    "World",
+    "gather_state",
+    "is_in_world",
+    "join_world",
+    "launch",
+    "place_optimiser_state",
+    "shard",
+    "whole",
+]
