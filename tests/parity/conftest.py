@@ -20,6 +20,7 @@ class PlainModel:
         self.backbone.load_state_dict(retriever.backbone.state_dict(), strict=True)
         self.projection = copy.deepcopy(retriever.projection)
         self.image_token_id = config.image_token_id
+        self.video_token_id = config.video_token_id
 
     def vectors(self, packed):
         """Vectors of all rows, each row run by itself with the library's own positions."""
@@ -29,12 +30,15 @@ class PlainModel:
         return torch.cat([self._row(row, patches, grids) for row in ids])
 
     def _row(self, token_ids, patches, grids):
-        types = (token_ids == self.image_token_id).int()[None]
+        is_clip = token_ids == self.video_token_id
+        types = ((token_ids == self.image_token_id).int() + 2 * is_clip.int())[None]
         visual = {}
-        if types.any():
+        if is_clip.any():
+            visual = {"pixel_values_videos": next(patches), "video_grid_thw": next(grids)[None]}
+        elif types.any():
             visual = {"pixel_values": next(patches), "image_grid_thw": next(grids)[None]}
         positions, _ = self.backbone.get_rope_index(
-            token_ids[None], types, visual.get("image_grid_thw")
+            token_ids[None], types, visual.get("image_grid_thw"), visual.get("video_grid_thw")
         )
         hidden = self.backbone(
             input_ids=token_ids[None], mm_token_type_ids=types, position_ids=positions, **visual

@@ -2,14 +2,23 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from transformers import AttentionInterface
 
+from colfolio.data.video import Clip
 from colfolio.maxsim import maxsim
 from colfolio.training.losses import LossSettings, info_nce
 
-BATCHES = ["texts", "pages", "one page", "equal pages"]
+BATCHES = ["texts", "pages", "one page", "equal pages", "pages and clips"]
+
+
+def clips():
+    """Of different sizes and lengths, one with an odd number of frames."""
+    generator = np.random.default_rng(3)
+    shapes = [(3, 56, 56), (4, 28, 84)]
+    return [Clip(generator.integers(0, 256, (*s, 3), dtype=np.uint8), 0.5) for s in shapes]
 
 
 def packed_batch(name, retriever, texts, pages):
@@ -18,6 +27,7 @@ def packed_batch(name, retriever, texts, pages):
         "pages": lambda: retriever.collator.documents(pages),
         "one page": lambda: retriever.collator.documents(pages[3:4]),
         "equal pages": lambda: retriever.collator.documents(pages[4:6]),
+        "pages and clips": lambda: retriever.collator.documents([pages[0], *clips(), pages[3]]),
     }[name]()
     dtype = retriever.projection.weight.dtype
     return dataclasses.replace(packed, patches=packed.patches.to(dtype))

@@ -1,10 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from colfolio.batch import offsets_of
+from colfolio.data.collate import Collator
 from colfolio.data.patches import to_patches
-from colfolio.errors import DocumentError
+from colfolio.data.prompts import IMAGE_TOKEN, Prompter, Templates
+from colfolio.data.video import Clip
+from colfolio.errors import CheckpointError, DocumentError
 from colfolio.mrope import IMAGE, TEXT, position_ids
 
 
@@ -54,3 +58,26 @@ def test_nothing_is_packed_to_no_rows(collator):
 def test_an_image_that_cannot_be_cut_is_refused(collator):
     with pytest.raises(DocumentError, match="1 x 900 pixels"):
         collator.documents([np.zeros((1, 900, 3), np.uint8)])
+
+
+def test_a_clip_has_its_own_placeholders_and_positions_that_move_in_time(collator, pages):
+    clip = Clip(np.zeros((5, 56, 84, 3), dtype=np.uint8), 0.5)
+    packed = collator.documents([pages[0], clip])
+    assert packed.grid_thw[1].tolist() == [3, 4, 6]
+    visual = (packed.token_ids == collator.prompter.video_token_id).nonzero()[:, 0]
+    assert len(visual) == collator.num_visual_tokens(clip) == 3 * 2 * 3
+    assert (visual >= packed.offsets[1]).all()
+    time, height, width = packed.position_ids[:, visual] - packed.position_ids[:, visual[0], None]
+    assert time.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert height.tolist() == [0, 0, 0, 1, 1, 1] * 3
+    assert width.tolist() == [0, 1, 2] * 6
+
+
+def test_a_tokenizer_without_a_token_for_clips_packs_pages_and_refuses_clips(collator, pages):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens([IMAGE_TOKEN, "<|endoftext|>"])
+    templates = Templates(document=IMAGE_TOKEN)
+    bare = Collator(Prompter(tokenizer, templates), collator.budget)
+    assert len(bare.documents(pages)) == len(pages)
+    with pytest.raises(CheckpointError, match="video_pad"):
+        bare.documents([Clip(np.zeros((2, 56, 56, 3), dtype=np.uint8), 0.5)])
