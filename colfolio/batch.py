@@ -165,7 +165,9 @@ class ContrastiveBatch:
         query_ids, document_ids: int64, a number for each row that is the same whatever batch, chunk
             or rank it comes in: dropout draws from it.
         document_digests: 16 bytes or more for each document, of all that its row was made of: under
-            them its frozen features are kept. None: they are taken from the row itself.
+            them its frozen features are kept. None: they are not kept.
+        teacher: float32 `[queries, documents]` of all ranks, what a teacher scored, NaN where it
+            says nothing; for distillation.
     """
 
     queries: Packed
@@ -175,6 +177,7 @@ class ContrastiveBatch:
     query_ids: Int64[Tensor, " queries"]
     document_ids: Int64[Tensor, " documents"]
     document_digests: tuple[bytes, ...] | None = None
+    teacher: Float[Tensor, "all_queries all_documents"] | None = None
 
     def to(self, device: torch.device | str) -> ContrastiveBatch:
         """The same batch with its long tensors on a device."""
@@ -186,6 +189,7 @@ class ContrastiveBatch:
             self.query_ids,
             self.document_ids,
             self.document_digests,
+            None if self.teacher is None else self.teacher.to(device),
         )
 
 

@@ -19,7 +19,7 @@ from colfolio.commands.ranks import ranks_to_start
 from colfolio.commands.run_folder import RunFolder, TrainRecipe, recipe_of
 from colfolio.config import load_settings
 from colfolio.data.dataset import RetrievalDataset, load_dataset
-from colfolio.diagnosis.ledger import check_reachable
+from colfolio.diagnosis import Ledger, check_reachable, ledger_lines, make_ledger
 from colfolio.distributed import World, join_world, launch
 from colfolio.errors import ColfolioError
 from colfolio.evaluation import quick_metrics
@@ -97,19 +97,24 @@ def _device_option(device: str | None) -> list[str]:
 
 
 def _train(recipe: TrainRecipe, run: RunFolder, world: World, device: str | None) -> None:
+    check_reachable(recipe.train, world.size)
     splits = _splits(recipe, world)
     retriever = Retriever.from_pretrained(recipe.model, device=device)
     state = start_training(retriever, recipe.train, world, run.features)
     reports = train(state, splits.train)  # refuses what cannot be trained before a folder is made
+    ledger = _ledger(state, splits.train)
     world.barrier()  # all have seen that the folder is free
     if world.is_main:
         run.begin(recipe)
+        run.append("ledger", {"step": 0} | asdict(ledger))
+        _say_ledger(ledger)
     # a run that is killed before its first step must not begin again from another base
     save_checkpoint(state, run.checkpoints, splits.train.fingerprint, recipe.checkpoint.keep)
     _run(reports, state, splits, recipe, run)
 
 
 def _resume(recipe: TrainRecipe, run: RunFolder, world: World, device: str | None) -> None:
+    check_reachable(recipe.train, world.size)
     splits = _splits(recipe, world)
     newest = newest_checkpoint(run.checkpoints)
     if newest is None:
@@ -118,9 +123,11 @@ def _resume(recipe: TrainRecipe, run: RunFolder, world: World, device: str | Non
     else:
         fingerprint = splits.train.fingerprint
         state = load_checkpoint(newest, recipe.train, fingerprint, device, world, run.features)
+    ledger = _ledger(state, splits.train)
     if world.is_main:
         run.rewind(state.step)
         _say(f"{run.path}: goes on after step {state.step} of {recipe.train.steps}")
+        _say_ledger(ledger)
     _run(train(state, splits.train), state, splits, recipe, run)
 
 
@@ -190,6 +197,24 @@ def _validate(
     if live:
         run.append("evaluation", {"step": state.step, "split": validation.split, _METRIC: value})
         live.evaluation(state.step, value)
+
+
+def _ledger(state: TrainingState, dataset: RetrievalDataset) -> Ledger:
+    """What every rank counts, so that all of them refuse what cannot be trained."""
+    return make_ledger(
+        dataset,
+        state.settings,
+        state.world.size,
+        state.retriever.collator.query_lengths,
+        {"precision": state.settings.precision, "attention": state.kernel},
+        position=state.position,
+        step=state.step,
+    )
+
+
+def _say_ledger(ledger: Ledger) -> None:
+    for line in ledger_lines(ledger):
+        _say(line)
 
 
 def _say_stopped(state: TrainingState, report: StepReport, run: RunFolder) -> None:

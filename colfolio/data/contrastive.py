@@ -1,4 +1,4 @@
-"""Queries of a dataset to contrastive batches: which documents come along, and who ignores whom.
+"""Queries of a dataset to contrastive batches: images, tokens, and who ignores whom.
 
 A batch is the same whatever the number of ranks: all ranks draw it, and each makes its own share.
 """
@@ -7,55 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, UInt8
-from pydantic import Field
+from jaxtyping import UInt8
+from torch import Tensor
 
 from colfolio.batch import ContrastiveBatch
-from colfolio.config import Settings
 from colfolio.data.collate import Collator
 from colfolio.data.dataset import RetrievalDataset
-from colfolio.data.lookalikes import Likeness, Lookalikes
+from colfolio.data.lookalikes import Lookalikes
+from colfolio.data.picks import BatchSettings, Picker, Picks
 from colfolio.data.preparing.deduplicate import Hashes, pixel_digest
-from colfolio.data.relations import Ignore, Relations
-from colfolio.data.sampler import Draw, SamplerPosition, check_enough, draws
+from colfolio.data.sampler import SamplerPosition
+from colfolio.data.teacher import TeacherScores
 from colfolio.distributed import World
 from colfolio.errors import DatasetError, DocumentError
 
 _MAX_UNREADABLE = 0.01
 _MOST_NAMED = 5
-
-
-class BatchSettings(Settings):
-    """What one batch holds, of all ranks together.
-
-    Args:
-        rows: queries in a batch, each with one of its positive documents, and some of its judged
-            negatives where it has any.
-        hard_negatives: how many of its judged negatives each query brings along, at most.
-        candidates: distinct documents that every query is to be compared with; more than `rows` and
-            `hard_negatives` can bring is refused. None asks for no number.
-        ignore: documents of the same `page` or `document` as a query's positive are not counted
-            as its negatives, unless they are judged to be; `none` counts them.
-        ignore_copies: nor are images that are its positive again: `exact` to the pixel, or `near`,
-            as another scan or another page number is, which takes what differs in colour alone for
-            a copy too.
-        kind_weights: expected appearances in an epoch of a query of each kind; 1 where not named.
-        lowercase_share: of all queries, in lower case, so that a search may be typed that way.
-        lowercase_from_epoch: epochs before it keep case, which is learnt sooner.
-    """
-
-    rows: int = Field(default=32, ge=1)
-    hard_negatives: int = Field(default=1, ge=0)
-    candidates: int | None = Field(default=None, ge=2)
-    ignore: Ignore = "page"
-    ignore_copies: Likeness | Literal["none"] = "exact"
-    kind_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-    lowercase_share: float = Field(default=0.0, ge=0, le=1)
-    lowercase_from_epoch: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +49,7 @@ class BatchSource:
         settings: rows and masks.
         seed: of order and of the choice among several positives.
         world: the ranks that share each batch.
+        teacher: whose scores come with each batch.
         with_digests: of the documents' pixels, under which frozen features are kept.
 
     Attributes:
@@ -97,21 +68,18 @@ class BatchSource:
         settings: BatchSettings,
         seed: int,
         world: World | None = None,
+        teacher: TeacherScores | None = None,
         *,
         with_digests: bool = False,
     ) -> None:
         self._dataset = dataset
         self._collator = collator
-        self._settings = settings
-        self._seed = seed
         self._world = world or World()
         self._with_digests = with_digests
-        self._texts = [query.text for query in dataset.queries]
-        self._relations = Relations(dataset, settings.ignore)
+        self._picker = Picker(dataset, settings, seed, teacher)
+        self._teacher = teacher
         likeness = settings.ignore_copies
         self._lookalikes = None if likeness == "none" else Lookalikes(dataset.corpus, likeness)
-        self._weights = _weights(dataset, settings.kind_weights)
-        check_enough(self._weights, settings.rows)
         self._tried: set[int] = set()
         self.unreadable: dict[str, str] = {}
 
@@ -122,8 +90,8 @@ class BatchSource:
             DatasetError: two images or more, and over 1 % of those tried, cannot be decoded, or
                 none of a batch can.
         """
-        for draw in draws(self._weights, self._settings.rows, self._seed, position):
-            yield self._collate(draw)
+        for picks in self._picker.picks(position):
+            yield self._collate(picks)
 
     def of_all_ranks(self, drawn: DrawnBatch) -> ContrastiveBatch:
         """A share with the masks of the whole batch; every rank has to ask at the same time."""
@@ -135,15 +103,13 @@ class BatchSource:
             words = world.gather_rows(torch.from_numpy(hashes.words.view(np.int64)), "own")
             lengths = world.gather_rows(torch.from_numpy(hashes.lengths), "own")
             hashes = Hashes(words.numpy().view(np.uint64), lengths.numpy())
-        positives, ignored = self._masks(
-            world.gather_rows(share.query_ids, "own").tolist(),
-            world.gather_rows(share.document_ids, "own").tolist(),
-            hashes,
-        )
-        return replace(share, positives=positives, ignored=ignored)
+        queries = world.gather_rows(share.query_ids, "own").tolist()
+        documents = world.gather_rows(share.document_ids, "own").tolist()
+        positives, ignored, teacher = self._relations(queries, documents, hashes)
+        return replace(share, positives=positives, ignored=ignored, teacher=teacher)
 
-    def _collate(self, draw: Draw) -> DrawnBatch:
-        share = self._share(draw)
+    def _collate(self, picks: Picks) -> DrawnBatch:
+        share = self._share(picks)
         images = self._images(share.documents)
         # a query whose positive this rank was to read, and could not, is left out
         lost = set(share.documents) - set(images)
@@ -155,47 +121,40 @@ class BatchSource:
         queries = [share.queries[place] for place in kept]
         documents = sorted(images, key=lambda row: (images[row].shape[:2], row))
         hashes = self._lookalikes.hashes(documents, images) if self._lookalikes else None
+        positives, ignored, teacher = self._relations(queries, documents, hashes)
         batch = ContrastiveBatch(
             self._collator.queries([share.texts[place] for place in kept]),
             self._collator.documents([images[row] for row in documents]),
-            *self._masks(queries, documents, hashes),
+            positives,
+            ignored,
             torch.tensor(queries, dtype=torch.int64),
             torch.tensor(documents, dtype=torch.int64),
-            tuple(pixel_digest(images[row]) for row in documents) if self._with_digests else None,
+            self._digests(images, documents),
+            teacher,
         )
-        return DrawnBatch(batch, draw.after, hashes)
+        return DrawnBatch(batch, picks.after, hashes)
 
-    def _share(self, draw: Draw) -> _Share:
-        """This rank's part of a draw; every random choice is made for all ranks, in one order."""
-        picked = [
-            int(draw.generator.choice(self._relations.positives[query])) for query in draw.queries
-        ]
-        texts = [self._asked(query, draw) for query in draw.queries]
-        refused = [self._hard_negatives(query, draw) for query in draw.queries]
+    def _share(self, picks: Picks) -> _Share:
+        """This rank's part of a batch that was drawn for all."""
         rank_of = [
             rank
-            for rank, part in enumerate(np.array_split(draw.queries, self._world.size))
+            for rank, part in enumerate(np.array_split(picks.queries, self._world.size))
             for _ in part
         ]
         # a document that several queries bring along is made by the rank of the first
         owners: dict[int, int] = {}
-        for rank, row in zip(rank_of, picked, strict=True):
+        for rank, row in zip(rank_of, picks.positives, strict=True):
             owners.setdefault(row, rank)
-        for rank, rows in zip(rank_of, refused, strict=True):
+        for rank, rows in zip(rank_of, picks.hard_negatives, strict=True):
             for row in rows:
                 owners.setdefault(row, rank)
         mine = [place for place, rank in enumerate(rank_of) if rank == self._world.rank]
         return _Share(
-            [draw.queries[place] for place in mine],
-            [texts[place] for place in mine],
-            [picked[place] for place in mine],
+            [picks.queries[place] for place in mine],
+            [picks.texts[place] for place in mine],
+            [picks.positives[place] for place in mine],
             [row for row, rank in owners.items() if rank == self._world.rank],
         )
-
-    def _hard_negatives(self, query: int, draw: Draw) -> list[int]:
-        refused = self._relations.refused[query]
-        count = min(self._settings.hard_negatives, len(refused))
-        return draw.generator.choice(refused, count, replace=False).tolist() if count else []
 
     def _images(self, rows: list[int]) -> dict[int, UInt8[np.ndarray, "_H _W 3"]]:
         """The decoded images of rows; what cannot be decoded is left out and remembered."""
@@ -218,17 +177,23 @@ class BatchSource:
             + "; ".join(f"{id_!r}: {reason}" for id_, reason in named)
         )
 
-    def _asked(self, query: int, draw: Draw) -> str:
-        is_time = draw.after.epoch >= self._settings.lowercase_from_epoch
-        is_lower = draw.generator.random() < self._settings.lowercase_share
-        return self._texts[query].lower() if is_time and is_lower else self._texts[query]
-
-    def _masks(
+    def _relations(
         self, queries: Sequence[int], documents: Sequence[int], hashes: Hashes | None
-    ) -> tuple[Bool[torch.Tensor, "Q D"], Bool[torch.Tensor, "Q D"]]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Positives, ignored and teacher's scores between these queries and documents."""
         rows = np.array(documents, dtype=np.int64)
         same = self._lookalikes.pairs(rows, hashes) if self._lookalikes and hashes else None
-        return self._relations.masks(queries, rows, same)
+        positives, ignored = self._picker.relations.masks(queries, rows, same)
+        if self._teacher is None:
+            return positives, ignored, None
+        return positives, ignored, torch.from_numpy(self._teacher.between(queries, rows))
+
+    def _digests(
+        self, images: dict[int, UInt8[np.ndarray, "_H _W 3"]], documents: list[int]
+    ) -> tuple[bytes, ...] | None:
+        if not self._with_digests:
+            return None
+        return tuple(pixel_digest(images[row]) for row in documents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,14 +204,3 @@ class _Share:
     texts: list[str]
     picked: list[int]
     documents: list[int]
-
-
-def _weights(dataset: RetrievalDataset, kind_weights: dict[str, float]) -> list[float]:
-    kinds = {query.kind for query in dataset.queries}
-    unknown = sorted(set(kind_weights) - kinds)
-    if unknown:
-        raise DatasetError(
-            f"{dataset.name}, split {dataset.split!r}: kind_weights names {unknown}, but its "
-            f"queries are of the kinds {sorted(kinds)}"
-        )
-    return [kind_weights.get(query.kind, 1.0) for query in dataset.queries]

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,7 @@ from colfolio.data.pages.views import BoxF
 
 PAGE_DPI = 144.0
 _BATCH_ROWS = 4096
+_Score = TypeVar("_Score", int, float)
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -177,7 +179,7 @@ class RetrievalDataset:
     Raises:
         DatasetError: an id occurs twice, a query has no positive, a judgement names an unknown id,
             the corpus or the queries are empty, an image or document lies outside the dataset, an
-            image file is missing.
+            image file is missing, a teacher score is not finite or given twice.
     """
 
     def __init__(self, tables: Tables, split: str) -> None:
@@ -190,8 +192,16 @@ class RetrievalDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the content: ids, texts, judgements and encoded images."""
+        """A hash of the content: ids, texts, judgements, teacher scores and encoded images."""
         return fingerprint_of(self._tables)
+
+    @functools.cached_property
+    def teacher(self) -> dict[str, dict[str, float]] | None:
+        """Query id -> corpus id -> what another model scored; None if the split has no such table.
+
+        It says nothing of pairs that it leaves out, and may leave out queries.
+        """
+        return None if self._tables.teacher is None else _by_query(self._tables.teacher)
 
     def positives(self, query_id: str) -> list[str]:
         """The corpus ids that answer a query."""
@@ -236,8 +246,9 @@ def write_split(
     corpus: Iterable[CorpusRow],
     queries: Iterable[Query],
     qrels: Mapping[str, Mapping[str, int]],
+    teacher: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Write one split into a dataset folder; its three files appear together or not at all.
+    """Write one split into a dataset folder; its files appear together or not at all.
 
     Args:
         folder: a new or existing dataset folder; its other splits stay.
@@ -245,15 +256,19 @@ def write_split(
         corpus: may be a generator; rows are written as they come.
         queries: each has an entry in `qrels`.
         qrels: query id -> corpus id -> score.
+        teacher: likewise, what another model scored; None for no such table.
     """
     others = layout.splits_in(folder) if folder.is_dir() else []
-    triples = [
-        (query, document, score) for query in qrels for document, score in qrels[query].items()
-    ]
+    scored = {*layout.scored_splits_in(folder)} - {split} if folder.is_dir() else set()
+    tables = [query_table(queries), qrel_table(_triples(qrels))]
+    if teacher is not None:
+        tables.append(_score_table(_triples(teacher), layout.TEACHER))
+        scored.add(split)
     with staged(folder) as staging:
-        stage_split(staging, split, _batches(corpus), query_table(queries), qrel_table(triples))
-        stage_readme(staging, sorted({*others, split}))
-        staging.commit()
+        stage_split(staging, split, _batches(corpus), *tables)
+        stage_readme(staging, sorted({*others, split}), sorted(scored))
+        # scores of the images that stood there before are none of those that stand there now
+        staging.commit([] if split in scored else [layout.file_of(layout.TEACHER, split)])
 
 
 def query_table(queries: Iterable[Query]) -> pa.Table:
@@ -270,12 +285,20 @@ def query_table(queries: Iterable[Query]) -> pa.Table:
 
 def qrel_table(triples: Sequence[tuple[str, str, int]]) -> pa.Table:
     """Judgements (query id, corpus id, score) as a table of the layout."""
+    return _score_table(triples, "qrels")
+
+
+def _score_table(triples: Sequence[tuple[str, str, int | float]], config: str) -> pa.Table:
     columns = {
         "query-id": [query for query, _, _ in triples],
         "corpus-id": [document for _, document, _ in triples],
         "score": [score for _, _, score in triples],
     }
-    return _to_table(columns, "qrels")
+    return _to_table(columns, config)
+
+
+def _triples(scores: Mapping[str, Mapping[str, _Score]]) -> list[tuple[str, str, _Score]]:
+    return [(query, id_, score) for query in scores for id_, score in scores[query].items()]
 
 
 def _batches(corpus: Iterable[CorpusRow]) -> Iterable[pa.Table]:
@@ -316,11 +339,15 @@ def _queries_of(table: pa.Table) -> list[Query]:
 
 
 def _qrels_of(table: pa.Table, queries: Sequence[Query]) -> dict[str, dict[str, int]]:
-    qrels: dict[str, dict[str, int]] = {query.id: {} for query in queries}
+    return {query.id: {} for query in queries} | _by_query(table)
+
+
+def _by_query(table: pa.Table) -> dict[str, dict[str, Any]]:
+    scores: dict[str, dict[str, Any]] = {}
     columns = (table.column(name).to_pylist() for name in ("query-id", "corpus-id", "score"))
     for query, document, score in zip(*columns, strict=True):
-        qrels[query][document] = score
-    return qrels
+        scores.setdefault(query, {})[document] = score
+    return scores
 
 
 def _is_image(path: Path) -> bool:

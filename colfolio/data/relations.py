@@ -57,7 +57,8 @@ class Relations:
             look_same: which of them are near duplicates.
         """
         if not queries:
-            return (torch.zeros(0, len(rows), dtype=torch.bool),) * 2
+            none = torch.zeros(0, len(rows), dtype=torch.bool)
+            return none, none
         answers = [self._answers[query] for query in queries]
         positives = np.stack([np.isin(rows, wanted) for wanted in answers])
         ignored = np.zeros_like(positives)

@@ -1,5 +1,7 @@
-"""What a run did and why: its log, its curves, and a report that can be kept."""
+"""What a run will be compared with, what it did and why: ledger, log, curves, report."""
 
+from colfolio.diagnosis.ledger import Ledger, check_reachable, make_ledger
+from colfolio.diagnosis.ledger_lines import ledger_lines
 from colfolio.diagnosis.report import (
     CommandRun,
     Example,
@@ -17,6 +19,7 @@ __all__ = [
     "CommandRun",
     "Example",
     "Highlight",
+    "Ledger",
     "LoggedEvaluation",
     "LoggedStep",
     "MetricTable",
@@ -24,6 +27,9 @@ __all__ = [
     "RankedImage",
     "ReportData",
     "TrainingLog",
+    "check_reachable",
+    "ledger_lines",
+    "make_ledger",
     "read_log",
     "render_report",
     "write_report",

@@ -12,7 +12,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jinja2
 import numpy as np
@@ -21,6 +21,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from colfolio.diagnosis.charts import training_charts
+from colfolio.diagnosis.ledger_lines import compared_line, ledger_rows
 from colfolio.diagnosis.training_log import TrainingLog
 
 MAX_REPORT_BYTES = 3_000_000
@@ -155,11 +156,10 @@ def write_report(report: ReportData, path: Path) -> None:
 def render_report(report: ReportData) -> str:
     """The report as HTML; pages are shown at the largest width that keeps it below 3 MB."""
     template = _environment().get_template("report.html")
-    charts = [] if report.log is None else training_charts(report.log, report.chance_ndcg)
-    curves = [(title, Markup(svg)) for title, svg in charts]
+    training = _training_of(report)
     html = ""
     for width in _PAGE_WIDTHS:
-        html = template.render(report=report, curves=curves, page_width=width)
+        html = template.render(report=report, page_width=width, **training)
         if len(html.encode()) <= MAX_REPORT_BYTES:
             break
     return html
@@ -174,6 +174,17 @@ def image_uri(image: UInt8[np.ndarray, "height width 3"], max_width: int) -> str
     stream = io.BytesIO()
     picture.save(stream, format="WEBP", quality=75, method=4)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def _training_of(report: ReportData) -> dict[str, Any]:
+    """What the report says of the training run, by the template's names."""
+    log = report.log or TrainingLog((), ())
+    charts = training_charts(log, report.chance_ndcg)
+    return {
+        "curves": [(title, Markup(svg)) for title, svg in charts],
+        "ledger": ledger_rows(log.ledger) if log.ledger else [],
+        "compared": compared_line(log.steps),
+    }
 
 
 def _environment() -> jinja2.Environment:

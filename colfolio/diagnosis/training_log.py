@@ -14,12 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from colfolio.diagnosis.ledger import Ledger
 from colfolio.errors import ColfolioError
+
+_LEDGER = TypeAdapter(Ledger)
+_NUMBERS = ("chance", "margin", "lr", "rows_per_second", "candidates", "masked")
 
 
 @dataclass(frozen=True, slots=True)
 class LoggedStep:
-    """One training step: its loss beside the loss of scores without information, and its pace."""
+    """One training step: its loss beside the loss of scores without information, and its pace.
+
+    Args:
+        candidates: mean documents that a query was compared with.
+        masked: mean documents that were ignored for a query.
+        is_skipped: gradients overflowed, and the weights stayed as they were.
+    """
 
     step: int
     loss: float
@@ -27,6 +39,9 @@ class LoggedStep:
     margin: float | None
     lr: float | None
     rows_per_second: float | None
+    candidates: float | None = None
+    masked: float | None = None
+    is_skipped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +61,17 @@ class TrainingLog:
         steps: training steps, rising.
         evaluations: evaluations during training, rising.
         num_unreadable: lines left out, such as the last line of a run that was killed.
+        ledger: what the run said of its batches when it last began; None if it said nothing.
     """
 
     steps: tuple[LoggedStep, ...]
     evaluations: tuple[LoggedEvaluation, ...]
     num_unreadable: int = 0
+    ledger: Ledger | None = None
 
 
 def read_log(path: Path) -> TrainingLog:
-    """The steps and evaluations of a `log.jsonl`; lines of other kinds are passed over.
+    """Steps, evaluations and ledger of a `log.jsonl`; lines of other kinds are passed over.
 
     Raises:
         ColfolioError: the file cannot be read.
@@ -65,16 +82,19 @@ def read_log(path: Path) -> TrainingLog:
         raise ColfolioError(f"{path}: the training log cannot be read ({error.strerror})") from None
     steps: dict[int, LoggedStep] = {}
     evaluations: dict[tuple[int, str], LoggedEvaluation] = {}
-    num_unreadable = 0
+    ledger, num_unreadable = None, 0
     for line in filter(None, map(bytes.strip, lines)):
         try:
-            _take(json.loads(line), steps, evaluations)
+            row = json.loads(line)
+            _take(row, steps, evaluations)
+            ledger = _LEDGER.validate_python(row) if row["kind"] == "ledger" else ledger
         except (ValueError, KeyError, TypeError):  # no JSON, a key is missing, not a number
             num_unreadable += 1
     return TrainingLog(
         tuple(steps[step] for step in sorted(steps)),
         tuple(evaluations[key] for key in sorted(evaluations)),
         num_unreadable,
+        ledger,
     )
 
 
@@ -86,8 +106,9 @@ def _take(
     kind = row["kind"]
     if kind == "step":
         step = int(row["step"])
-        others = [_number(row.get(name)) for name in ("chance", "margin", "lr", "rows_per_second")]
-        steps[step] = LoggedStep(step, float(row["loss"]), *others)
+        others = {name: _number(row.get(name)) for name in _NUMBERS}
+        is_skipped = bool(row.get("skipped"))
+        steps[step] = LoggedStep(step, float(row["loss"]), **others, is_skipped=is_skipped)
     elif kind == "evaluation":
         values = {
             name: float(value)

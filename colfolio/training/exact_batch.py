@@ -119,8 +119,8 @@ class ExactBatch:
         summary = loss(self._scores(queries, documents))
         (summary.loss * share).backward()
         # in the order of the chunks, whichever graphs were kept, so that sums round alike
-        for side, vectors in (("documents", documents), ("queries", queries)):
-            for chunk, gradient in gradients(vectors, chunks[side]):
+        for vectors, of_side in ((documents, chunks["documents"]), (queries, chunks["queries"])):
+            for chunk, gradient in gradients(vectors, of_side):
                 self._second_pass(chunk, scale(gradient))
         return summary
 

@@ -131,9 +131,7 @@ class GraphBudget:
 
 
 @contextmanager
-def _held_by_graph(
-    model: nn.Module, inputs: Packed
-) -> Iterator[dict[int, torch.UntypedStorage]]:
+def _held_by_graph(model: nn.Module, inputs: Packed) -> Iterator[dict[int, torch.UntypedStorage]]:
     """Every storage that a graph built inside holds, by address; weights and inputs aside.
 
     A layer that is computed again in backward hands its input over past the hooks of autograd, so

@@ -16,6 +16,7 @@ from torch import Tensor
 from colfolio.batch import ContrastiveBatch
 from colfolio.data.contrastive import BatchSource, DrawnBatch
 from colfolio.data.dataset import RetrievalDataset
+from colfolio.data.teacher import TeacherScores
 from colfolio.training.losses import ScoreSummary, check_masks, contrastive_loss, maxsim_range
 from colfolio.training.optim import learning_rate, optimiser_step
 from colfolio.training.state import TrainingState
@@ -60,12 +61,14 @@ def train(state: TrainingState, dataset: RetrievalDataset) -> Iterator[StepRepor
         FloatingPointError: the loss or the gradient is no longer finite.
     """
     settings = state.settings
+    is_taught = settings.loss.kind == "distillation"
     source = BatchSource(
         dataset,
         state.retriever.collator,
         settings.batch,
         settings.seed,
         state.world,
+        TeacherScores(dataset) if is_taught else None,
         with_digests=state.exact.has_cache,
     )
     return _steps(state, source)
@@ -96,7 +99,7 @@ def _backward(state: TrainingState, batches: list[ContrastiveBatch]) -> ScoreSum
     settings = state.settings
     summaries = []
     for number, each in enumerate(batches):
-        check_masks(each.positives, each.ignored)
+        check_masks(each.positives, each.ignored, each.teacher)
         batch = each.to(state.retriever.device)
 
         lengths = state.world.gather_rows(each.queries.lengths, "own")
@@ -105,8 +108,8 @@ def _backward(state: TrainingState, batches: list[ContrastiveBatch]) -> ScoreSum
         def loss(
             scores: Tensor, batch: ContrastiveBatch = batch, reach: Tensor = reach
         ) -> ScoreSummary:
-            masks = (batch.positives, batch.ignored)
-            return contrastive_loss(scores, *masks, settings.loss, score_range=reach)
+            relations = batch.positives, batch.ignored, settings.loss, batch.teacher
+            return contrastive_loss(scores, *relations, score_range=reach)
 
         drawn = np.random.default_rng((settings.seed, 3, state.step, number))
         seed = int(drawn.integers(2**63))

@@ -106,8 +106,8 @@ def start_training(
     world = world or World()
     if settings.parallel == "fsdp2" and settings.optimiser.state == "bitsandbytes_8bit":
         raise RecipeError(
-            "optimiser.state bitsandbytes_8bit cannot be spread over ranks as parallel: fsdp2 asks; "
-            "take torchao_8bit, or parallel: ddp"
+            "optimiser.state bitsandbytes_8bit cannot be spread over ranks, as parallel: fsdp2 "
+            "asks; take torchao_8bit, or parallel: ddp"
         )
     device = retriever.device
     precision = settled_precision(settings.precision, device)

@@ -1,6 +1,5 @@
 """What ranks exchange is the same as in one process, forward and backward."""
 
-
 import pytest
 import torch
 from ranks import run_in_ranks

@@ -27,13 +27,15 @@ def check_tables(tables: Tables, where: str) -> None:
     Raises:
         DatasetError: a table is empty, a value is missing, an id occurs twice or is unknown, a
             query has no positive, an image or a document lies outside the dataset folder, an image
-            file is missing.
+            file is missing, a teacher score is not finite or given twice.
     """
     _check_unique(tables.corpus, "corpus-id", f"{where}: the corpus")
     _check_unique(tables.queries, "query-id", f"{where}: the queries")
     _check_texts(tables.queries, where)
     _check_places(tables, where)
     _check_judgements(tables, where)
+    if tables.teacher is not None:
+        _check_teacher(tables.teacher, tables, where)
 
 
 def is_outside(name: str) -> bool:
@@ -104,16 +106,7 @@ def _check_places(tables: Tables, where: str) -> None:
 
 def _check_judgements(tables: Tables, where: str) -> None:
     qrels = tables.qrels
-    for column, known in (("query-id", tables.queries), ("corpus-id", tables.corpus)):
-        _check_present(qrels, column, f"{where}: qrels")
-        given = qrels.column(column)
-        is_known = pc.is_in(given, known.column(column).combine_chunks())
-        unknown = given.filter(pc.invert(is_known)).unique().to_pylist()
-        if unknown:
-            raise DatasetError(
-                f"{where}: qrels name the {column} {_named(unknown)}, which the split does not have"
-            )
-    _check_present(qrels, "score", f"{where}: qrels")
+    _check_pairs(qrels, tables, f"{where}: qrels")
     pairs = qrels.group_by(["query-id", "corpus-id"]).aggregate([("score", "count_distinct")])
     torn = pairs.filter(pc.greater(pairs.column("score_count_distinct"), 1))
     if len(torn):
@@ -129,6 +122,38 @@ def _check_judgements(tables: Tables, where: str) -> None:
             f"{where}: every query needs a positive (a judgement above 0 in qrels), but "
             f"{len(lonely)} of {len(ids)} have none: {_named(lonely)}"
         )
+
+
+def _check_teacher(teacher: pa.Table, tables: Tables, where: str) -> None:
+    _check_pairs(teacher, tables, f"{where}: teacher scores")
+    ids = teacher.column("query-id")
+    wild = ids.filter(pc.invert(pc.is_finite(teacher.column("score")))).to_pylist()
+    if wild:
+        raise DatasetError(
+            f"{where}: {len(wild)} of {len(teacher)} teacher scores are not finite, first for "
+            f"query {wild[0]!r}; leave out what the teacher did not score"
+        )
+    pairs = teacher.group_by(["query-id", "corpus-id"]).aggregate([("score", "count")])
+    twice = pairs.filter(pc.greater(pairs.column("score_count"), 1))
+    if len(twice):
+        raise DatasetError(
+            f"{where}: the teacher scores the same image more than once for query "
+            f"{_named(twice.column('query-id').unique().to_pylist())}; keep one score of each pair"
+        )
+
+
+def _check_pairs(table: pa.Table, tables: Tables, where: str) -> None:
+    """Refuse a table of scores in which something is missing, or an id that the split lacks."""
+    for column, known in (("query-id", tables.queries), ("corpus-id", tables.corpus)):
+        _check_present(table, column, where)
+        given = table.column(column)
+        is_known = pc.is_in(given, known.column(column).combine_chunks())
+        unknown = given.filter(pc.invert(is_known)).unique().to_pylist()
+        if unknown:
+            raise DatasetError(
+                f"{where} name the {column} {_named(unknown)}, which the split does not have"
+            )
+    _check_present(table, "score", where)
 
 
 def _named(ids: Sequence[str], most: int = 5) -> str:

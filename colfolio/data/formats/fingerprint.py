@@ -15,9 +15,10 @@ from colfolio.data.formats.layout import Tables, image_columns
 
 
 def fingerprint_of(tables: Tables) -> str:
-    """SHA-256 over ids, texts, judgements and encoded images, in hexadecimal."""
+    """SHA-256 over ids, texts, judgements, teacher scores and encoded images, in hexadecimal."""
     digest = hashlib.sha256()
-    for table in (tables.queries, tables.qrels, tables.corpus):
+    scored = [] if tables.teacher is None else [tables.teacher]
+    for table in (tables.queries, tables.qrels, *scored, tables.corpus):
         for name in sorted(set(table.column_names) - {"image"}):
             digest.update(name.encode())
             _add_column(digest, table.column(name))

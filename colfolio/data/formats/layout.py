@@ -1,7 +1,8 @@
 """The ViDoRe/BEIR Parquet layout: its columns, and the tables of a split read from a folder.
 
 A dataset folder holds `corpus/`, `queries/` and `qrels/`, one or more Parquet files a split in
-each, and a README whose `configs:` tell `datasets` where they are.
+each, and a README whose `configs:` tell `datasets` where they are. A split may have a table in
+`teacher/` as well: what another model scored, for distillation.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from colfolio.data.formats.staging import present
 from colfolio.errors import DatasetError
 
 CONFIGS = ("corpus", "queries", "qrels")
+TEACHER = "teacher"  # a split may lack it
 SPLITS = ("train", "validation", "test")
 _FILE_NAME = re.compile(r"^(?P<split>.+?)(?:-\d{5}-of-\d{5}.*)?\.parquet$")
 _FRONT_MATTER = re.compile(r"\A---\n(.*?\n)---\n?", re.DOTALL)
@@ -69,6 +71,11 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("corpus-id", ("corpus_id",), pa.string(), _value("string")),
         Column("score", (), pa.int64(), _value("int64")),
     ),
+    TEACHER: (
+        Column("query-id", ("query_id",), pa.string(), _value("string")),
+        Column("corpus-id", ("corpus_id",), pa.string(), _value("string")),
+        Column("score", (), pa.float32(), _value("float32")),
+    ),
 }
 
 
@@ -87,7 +94,7 @@ def file_of(config: str, split: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """The three tables of a split under their own column names, and where they came from.
+    """The tables of a split under their own column names, and where they came from.
 
     Args:
         corpus: columns as in `COLUMNS`; optional ones may be missing.
@@ -95,6 +102,7 @@ class Tables:
         qrels: likewise.
         root: the folder that image paths are relative to.
         name: the dataset's name, for people.
+        teacher: columns as in `COLUMNS`; None if nobody scored the split.
     """
 
     corpus: pa.Table
@@ -102,12 +110,18 @@ class Tables:
     qrels: pa.Table
     root: Path
     name: str
+    teacher: pa.Table | None = None
 
 
 def splits_in(folder: Path) -> list[str]:
     """The splits that all three tables of a folder have: train, validation, test, then others."""
     files = _split_files(folder)
     return ordered(set.intersection(*(set(files[config]) for config in CONFIGS)))
+
+
+def scored_splits_in(folder: Path) -> list[str]:
+    """The splits that have teacher scores, in the order of `splits_in`."""
+    return ordered(_split_files(folder)[TEACHER])
 
 
 def read_split(folder: Path, split: str, name: str) -> Tables:
@@ -126,7 +140,9 @@ def read_split(folder: Path, split: str, name: str) -> Tables:
                 + hint_of(split)
             )
     tables = [_read_table(files[config][split], config) for config in CONFIGS]
-    return Tables(*tables, root=folder, name=name)
+    scored = files[TEACHER].get(split)
+    teacher = _read_table(scored, TEACHER) if scored else None
+    return Tables(*tables, root=folder, name=name, teacher=teacher)
 
 
 def hint_of(split: str) -> str:
@@ -171,7 +187,7 @@ def _split_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
     files = present(folder)
     patterns = _patterns(files.get("README.md"))
     found: dict[str, dict[str, list[Path]]] = {}
-    for config in CONFIGS:
+    for config in (*CONFIGS, TEACHER):
         found[config] = {
             split: [files[name] for name in sorted(files) if _matches(name, wanted)]
             for split, wanted in patterns.get(config, {}).items()

@@ -9,7 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from colfolio.data.formats.layout import CONFIGS, file_of, ordered, read_readme, schema_of
+from colfolio.data.formats.layout import (
+    CONFIGS,
+    TEACHER,
+    file_of,
+    ordered,
+    read_readme,
+    schema_of,
+)
 from colfolio.data.formats.staging import Staging
 from colfolio.errors import DatasetError
 
@@ -22,8 +29,9 @@ def stage_split(
     corpus: Iterable[pa.Table],
     queries: pa.Table,
     qrels: pa.Table,
+    teacher: pa.Table | None = None,
 ) -> None:
-    """Write the three tables of a split aside; the corpus comes in pieces and is streamed.
+    """Write the tables of a split aside; the corpus comes in pieces and is streamed.
 
     Raises:
         DatasetError: `datasets` would refuse the name of the split.
@@ -43,24 +51,30 @@ def stage_split(
     ) as writer:
         for table in corpus:
             writer.write_table(_conform(table, "corpus"))
-    for config, table in (("queries", queries), ("qrels", qrels)):
-        pq.write_table(
-            _conform(table, config), staging.path(file_of(config, split)), compression="ZSTD"
-        )
+    for config, table in (("queries", queries), ("qrels", qrels), (TEACHER, teacher)):
+        if table is not None:
+            pq.write_table(
+                _conform(table, config), staging.path(file_of(config, split)), compression="ZSTD"
+            )
 
 
-def stage_readme(staging: Staging, splits: Sequence[str]) -> None:
-    """Write a README whose `configs:` name the files of these splits; keep what else it says."""
+def stage_readme(staging: Staging, splits: Sequence[str], scored: Sequence[str] = ()) -> None:
+    """Write a README whose `configs:` name the files of these splits; keep what else it says.
+
+    Args:
+        scored: the splits that have teacher scores.
+    """
     existing = staging.folder / "README.md"
     matter, body = read_readme(existing) if existing.exists() else ({}, _README_BODY)
+    splits_of = dict.fromkeys(CONFIGS, splits) | ({TEACHER: scored} if scored else {})
     matter["configs"] = [
         {
             "config_name": config,
             "data_files": [
-                {"split": split, "path": file_of(config, split)} for split in ordered(splits)
+                {"split": split, "path": file_of(config, split)} for split in ordered(named)
             ],
         }
-        for config in CONFIGS
+        for config, named in splits_of.items()
     ]
     front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
     staging.path("README.md").write_text(f"---\n{front}---\n{body}", encoding="utf-8")

@@ -122,6 +122,8 @@ def _write(
         staging.path(MANIFEST).write_text(text + "\n", encoding="utf-8")
         staging.commit(
             [layout.file_of(config, split) for split in gone for config in layout.CONFIGS]
+            # what a teacher scored were other images
+            + [layout.file_of(layout.TEACHER, split) for split in [*gone, *queries]]
         )
 
 

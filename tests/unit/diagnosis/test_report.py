@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from colfolio.diagnosis import report as report_module
+from colfolio.diagnosis.ledger import Ledger, Range
 from colfolio.diagnosis.report import (
     MAX_REPORT_BYTES,
     CommandRun,
@@ -71,8 +72,34 @@ def example(query: str, rank: int, caption: str = "manual.pdf, page 3") -> Examp
     return Example(query, rank, picture(28, 196), top, caption)
 
 
+def ledger(text: str) -> Ledger:
+    return Ledger(
+        batches=32,
+        ranks=3,
+        rows=128,
+        rows_of_rank=(42, 43),
+        accumulation=4,
+        documents=Range(120.0, 126.0, 128.0),
+        hard_negatives=0.0,
+        with_hard_negatives=0.0,
+        twice=2.5,
+        candidates=Range(118.0, 125.0, 128.0),
+        wanted=100,
+        short_of_wanted=0.0,
+        left_out={"on the page of an answer": 1.25, "other answers": 0.0},
+        copies="near",
+        loss="info_nce, temperature 1",
+        chance=4.83,
+        floor=0.0,
+        computed_with={"precision": text},
+    )
+
+
 def full_report(text: str = "Usage notes", num_steps: int = 300) -> ReportData:
-    steps = [LoggedStep(n, 5 / n, math.log(128), 0.1, 1e-3, 900.0) for n in range(1, num_steps)]
+    steps = [
+        LoggedStep(n, 5 / n, math.log(128), 0.1, 1e-3, 900.0, 120.0 + n % 3, 1.25, n == 7)
+        for n in range(1, num_steps)
+    ]
     evaluations = (LoggedEvaluation(100, "validation", {"ndcg@5": 0.4}),)
     return ReportData(
         title=text,
@@ -80,7 +107,7 @@ def full_report(text: str = "Usage notes", num_steps: int = 300) -> ReportData:
         highlights=[Highlight(text, text, text)],
         commands=[CommandRun(text, 75.0), CommandRun("colfolio evaluate")],
         recipe=text,
-        log=TrainingLog(tuple(steps), evaluations, num_unreadable=1),
+        log=TrainingLog(tuple(steps), evaluations, 1, ledger(text)),
         chance_ndcg=0.006,
         tables=[MetricTable(text, [Mean()], [Mean(value=0.612)], text), MetricTable("b", [Mean()])],
         hits=[example(text, 1, text)],
@@ -111,6 +138,12 @@ def test_every_part_is_shown_in_well_formed_html():
         "Hits",
         "Misses",
         "Recipe",
+        "512 queries: 4 batches of 128, each compared within itself",
+        "128 queries, shared by 3 ranks: 42 or 43 each",
+        "median 125 (118 to 128) for a query; the recipe asks for 100",
+        "1.25 on the page of an answer, near copies of an answer as they are seen",
+        "In 299 steps a query was compared with 121.0 documents on average",
+        "Skipped, for gradients overflowed: 1 step.",
     ):
         assert words in page.words, words
 
@@ -118,6 +151,19 @@ def test_every_part_is_shown_in_well_formed_html():
 def test_a_report_of_nothing_but_a_title_has_no_empty_parts():
     page = Page(render_report(ReportData(title="Empty")))
     assert "h2" not in {tag for tag, _ in page.elements}
+
+
+def test_a_run_that_said_nothing_of_its_batches_has_its_curves_alone():
+    steps = [LoggedStep(n, 5 / n, None, None, None, None) for n in range(1, 9)]
+    page = Page(render_report(ReportData(title="a", log=TrainingLog(tuple(steps), ()))))
+    assert "Thin lines" in page.words
+    assert "compared with" not in page.words
+
+
+def test_a_run_that_was_stopped_before_its_second_step_still_shows_its_ledger():
+    page = Page(render_report(ReportData(title="a", log=TrainingLog((), (), 0, ledger("fp32")))))
+    assert "What a query is compared with" in page.words
+    assert "Thin lines" not in page.words
 
 
 def test_hostile_text_stays_text_wherever_it_stands():

@@ -56,6 +56,13 @@ def test_of_a_repeated_step_the_later_line_stands(tmp_path):
     assert [row.values["ndcg@5"] for row in log.evaluations] == [0.2]
 
 
+def test_what_queries_were_compared_with_is_read_where_it_stands(tmp_path):
+    lines = [step(1), step(2, candidates=31.5, masked=0.5, skipped=True)]
+    before, after = read_log(write(tmp_path / "log.jsonl", *lines)).steps
+    assert (before.candidates, before.masked, before.is_skipped) == (None, None, False)
+    assert (after.candidates, after.masked, after.is_skipped) == (31.5, 0.5, True)
+
+
 def test_other_kinds_and_blank_lines_are_passed_over(tmp_path):
     start = json.dumps({"kind": "start", "seed": 0})
     log = read_log(write(tmp_path / "log.jsonl", start, "", step(1)))

@@ -7,6 +7,9 @@ import torch
 from colfolio.data.dataset import load_dataset
 from colfolio.errors import DatasetError
 from colfolio.training import loop, start_training, train
+from colfolio.training.exact_batch import MemorySettings
+from colfolio.training.feature_cache import FeatureCacheSettings
+from colfolio.training.losses import LossSettings
 
 
 def test_each_step_reports_itself(trained, settings):
@@ -179,3 +182,49 @@ def test_batches_are_made_one_ahead_and_no_further(monkeypatch):
     ahead.close()
     assert len(made) <= 4
     assert list(loop._ahead(batches(), 0)) == []
+
+
+def test_distillation_follows_what_a_teacher_scored(retriever, shapes_folder, settings):
+    """The teacher prefers pages by their number, which no query asks for."""
+    shapes = load_dataset(shapes_folder, "train")
+    ids = shapes.corpus.ids
+    shapes.teacher = {
+        query.id: {name: float(ids.index(name) % 5) for name in ids} for query in shapes.queries
+    }
+    teaching = LossSettings(kind="distillation", temperature=2.0)
+    changed = settings.model_copy(update={"loss": teaching, "steps": 24})
+    reports = list(train(start_training(retriever, changed), shapes))
+    first, last = reports[:5], reports[-5:]
+    assert sum(r.loss for r in last) < 0.8 * sum(r.loss for r in first)
+    assert all(report.candidates > 2 for report in reports)
+
+
+def test_distillation_without_a_teacher_is_refused_before_the_first_step(
+    retriever, shapes, settings
+):
+    changed = settings.model_copy(update={"loss": LossSettings(kind="distillation")})
+    with pytest.raises(DatasetError, match="teacher"):
+        train(start_training(retriever, changed), shapes)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"accumulation": 2},
+        {"memory": MemorySettings(chunk_tokens=50, activation_mb=8.0)},
+        {"attention": "eager"},
+        {"gradient_checkpointing": 2},
+        {"features": FeatureCacheSettings(ram_mb=10.0)},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_what_a_step_costs_never_changes_what_it_does(trained, settings, changed):
+    """But for accumulation, which makes one step of two batches."""
+    _, plain = trained(settings)
+    _, reports = trained(settings.model_copy(update=changed))
+    if "accumulation" in changed:
+        assert reports[0].loss != plain[0].loss
+        return
+    for mine, expected in zip(reports[:3], plain[:3], strict=True):
+        assert mine.loss == pytest.approx(expected.loss, rel=1e-3)
+        assert mine.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-3)
