@@ -101,11 +101,24 @@ def test_packed_tokens_and_offsets_fit():
 
 def test_moving_a_batch_keeps_offsets_and_grids():
     masks = torch.eye(2, dtype=torch.bool)
-    batch = ContrastiveBatch(packed(), packed(), masks, ~masks).to("cpu")
+    teacher = torch.full((2, 2), 0.5)
+    ids = torch.arange(2), torch.arange(2, 4)
+    batch = ContrastiveBatch(packed(), packed(), masks, ~masks, *ids, teacher=teacher).to("cpu")
     assert batch.queries.offsets.tolist() == [0, 2, 5]
     assert batch.documents.grid_thw.tolist() == [[1, 2, 2]]
     assert torch.equal(batch.positives, masks)
     assert torch.equal(batch.ignored, ~masks)
+    assert torch.equal(batch.document_ids, ids[1])
+    assert torch.equal(batch.teacher, teacher)
+
+
+def test_selected_rows_are_what_was_packed_alone(shared_retriever, texts, pages):
+    collator = shared_retriever.collator
+    for pack, inputs in ((collator.queries, texts), (collator.documents, pages)):
+        for rows in ([2], [4, 0, 4], list(range(len(inputs)))):
+            mine, alone = pack(inputs).select(rows), pack([inputs[row] for row in rows])
+            for name in Packed.__dataclass_fields__:
+                assert torch.equal(getattr(mine, name), getattr(alone, name)), name
 
 
 def test_rows_of_a_packed_batch_are_what_was_packed_alone(shared_retriever, texts, pages):

@@ -36,7 +36,7 @@ COMMANDS = {
     "positions": {"model", "--image", "--video", "--revision", "--scheme"},
     "prepare": {"documents", "overrides", "--out", "--view", "--split"},
     "search": {"index", "query", "--top-k", "--images", "--model", "--page-score"},
-    "train": {"recipe", "overrides", "--resume", "--device"},
+    "train": {"recipe", "overrides", "--resume", "--device", "--ranks"},
 }
 
 
