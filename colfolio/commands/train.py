@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+import torch
+
 from colfolio.commands.console import console
 from colfolio.commands.live import LiveTraining
 from colfolio.commands.ranks import ranks_to_start
@@ -179,6 +181,8 @@ def _run(
                 if stop:
                     _say_stopped(state, report, run)
                     raise KeyboardInterrupt
+        except torch.OutOfMemoryError as error:
+            raise ColfolioError(_no_memory(recipe, error)) from None
         except ColfolioError:
             if not state.is_sharded:  # else all ranks would have to be here
                 save_checkpoint(state, run.checkpoints, fingerprint, keep)
@@ -186,6 +190,15 @@ def _run(
     save_model(state, run.model)
     if live:
         _say(f"{run.model}: trained for {recipe.train.steps} steps")
+
+
+def _no_memory(recipe: TrainRecipe, error: torch.OutOfMemoryError) -> str:
+    memory = recipe.train.memory
+    return (
+        f"the device's memory is full, with chunk_tokens {memory.chunk_tokens} and activation_mb "
+        f"{memory.activation_mb} ({str(error).splitlines()[0]}); set train.memory.chunk_tokens "
+        "lower, which changes no gradient: colfolio plan says what fits"
+    )
 
 
 def _validate(

@@ -305,3 +305,15 @@ def test_an_error_in_the_middle_of_a_run_saves_what_was_trained(write_recipe, ru
     with pytest.raises(DatasetError, match="went bad"):
         train_command(write_recipe())
     assert newest_checkpoint(run / "checkpoints").name == "step-000003"
+
+
+def test_a_full_device_is_told_with_what_to_do(write_recipe, run, monkeypatch, refused):
+    def fill(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Retriever, "forward", fill)
+    message = refused("train", write_recipe(), "train.memory.chunk_tokens=900")
+    assert "chunk_tokens 900" in message
+    assert "2.00 GiB" in message
+    assert "colfolio plan" in message
+    assert newest_checkpoint(run / "checkpoints").name == "step-000000"

@@ -1,0 +1,102 @@
+import re
+
+import pytest
+import yaml
+
+TRAIN = {"steps": 6, "batch": {"rows": 6}, "precision": "fp32"}
+
+
+@pytest.fixture
+def plan(colfolio, write_recipe):
+    """Plans the recipe with some overrides; gives the exit code and what was printed."""
+
+    def run(*arguments, **changed):
+        code, out, errors = colfolio("plan", write_recipe(**changed), *arguments)
+        assert errors == ""
+        return code, out
+
+    return run
+
+
+def numbers_of(out):
+    """Name -> number of each line of the tables."""
+    lines = [
+        re.fullmatch(r"(\S.*?) {2,}([\d.,]+)( GiB)?", line.rstrip()) for line in out.split("\n")
+    ]
+    return {line[1]: float(line[2].replace(",", "")) for line in lines if line}
+
+
+def test_the_parts_add_up_and_the_recipe_fits(plan):
+    code, out = plan()
+    numbers = numbers_of(out)
+    assert code == 0
+    parts = list(numbers.values())[: list(numbers).index("at the highest moment of a step")]
+    assert sum(parts) == pytest.approx(numbers["at the highest moment of a step"], abs=0.1)
+    assert "does not fit" not in out
+    assert "one pass" in out
+    assert "24 of 24 documents measured" in out
+    assert numbers["steps (1.5 epochs)"] == 6
+
+
+def test_no_line_is_wider_than_a_terminal(plan):
+    for arguments in (
+        [],
+        ["--gpu", "t4-16gb", "--ranks", "4"],
+        ["train.memory.activation_mb=0.001"],
+    ):
+        assert max(map(len, plan(*arguments)[1].split("\n")[1:])) <= 80
+
+
+def test_no_weights_are_read(plan, base_folder, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in base_folder.glob("*.json"):
+        (base / file.name).write_bytes(file.read_bytes())
+    assert plan(model=str(base))[0] == 0
+
+
+def test_what_does_not_fit_exits_with_1_and_says_what_would(plan):
+    code, out = plan("--gpu", "t4-16gb", train=TRAIN | {"memory": {"activation_mb": 0.2}})
+    assert code == 1
+    assert re.search(
+        r"does not fit: a chunk holds [\d.]+ MiB, but memory.activation_mb is 0\.2", out
+    )
+    line = re.search(r"memory: \{.*\}", out)
+    assert line
+    assert "gradient_checkpointing: all" in out
+    code, out = plan("--gpu", "t4-16gb", train=TRAIN | yaml.safe_load(line[0]))
+    assert code == 0
+
+
+def test_overrides_are_those_of_training(plan):
+    assert numbers_of(plan("train.steps=60")[1])["steps (15.0 epochs)"] == 60
+
+
+def test_more_ranks_take_less_memory_each(plan):
+    one, two = (
+        numbers_of(plan("--gpu", "h100-80gb", "--ranks", ranks, "train.batch.rows=12")[1])
+        for ranks in (1, 2)
+    )
+    graphs = "graphs kept from the first pass to the second"
+    assert two[graphs] <= one[graphs]
+
+
+def test_a_dataset_that_is_not_there_is_said_and_assumed(plan):
+    code, out = plan(dataset="someone/pages")
+    assert code == 0
+    assert "someone/pages: not on this machine" in out
+    assert "assumed: 32 tokens a query" in out
+    assert "epochs" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "h100"], r"--gpu h100: is none of h100-80gb"),
+        (["model=nowhere/at/all"], "no such folder"),
+        (["--ranks", "8"], "8 ranks share the rows of a batch, but batch.rows is 6"),
+        (["train.attention=varlen", "--gpu", "v100-32gb"], "attention varlen needs half precision"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(refused, write_recipe, arguments, message):
+    assert re.search(message, refused("plan", write_recipe(), *arguments))
