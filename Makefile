@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: env demo test check format
+.PHONY: env demo test test-extras check format
 
 env: $(READY)
 
@@ -20,6 +20,12 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not gpu and not web" tests
+
+# torchao, once installed, talks at each import of transformers, so it comes last
+test-extras: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[torchao]"
+	$(BIN)/python -m pytest tests/unit/training/test_optim.py
+	$(BIN)/python -m pip uninstall --quiet --yes torchao
 
 check: $(READY)
 	$(BIN)/ruff format --check .
