@@ -137,13 +137,17 @@ class Packed:
             offsets_of([len(part.grid_thw) for part in parts]),
         )
 
-    def to(self, device: torch.device | str) -> Packed:
-        """The same sequences with their long tensors on a device; offsets and grids stay."""
+    def to(self, device: torch.device | str, *, with_patches: bool = True) -> Packed:
+        """The same sequences with their long tensors on a device; offsets and grids stay.
+
+        Args:
+            with_patches: without, they stay where they are: for what was made of them already.
+        """
         return Packed(
             self.token_ids.to(device, non_blocking=True),
             self.offsets,
             self.position_ids.to(device, non_blocking=True),
-            self.patches.to(device, non_blocking=True),
+            self.patches.to(device, non_blocking=True) if with_patches else self.patches,
             self.grid_thw,
             self.grid_offsets,
         )

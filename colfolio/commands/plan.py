@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from colfolio.diagnosis.ledger import check_reachable
 from colfolio.diagnosis.planning import (
     MARGIN,
     BatchSize,
+    Chunking,
     Part,
     Plan,
     assumed_sizes,
@@ -26,13 +28,12 @@ from colfolio.diagnosis.planning import (
     named_gpu,
     this_machine,
 )
-from colfolio.diagnosis.planning.chunking import Chunking, mebibytes
 from colfolio.models.checkpoint import hidden_size, load_config, load_tokenizer, local_folder
 from colfolio.models.contract import check_contract, load_contract
 from colfolio.models.families import family_of
 from colfolio.models.retriever import Retriever
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
 
 
 def plan_command(
@@ -65,6 +66,9 @@ def plan_command(
     _print_head(plan, recipe_path)
     console().print(_memory_table(plan))
     _print_verdict(plan)
+    if not plan.fits and recipe.train.gradient_checkpointing != "all":
+        settings = recipe.train.model_copy(update={"gradient_checkpointing": "all"})
+        _print_lever(make_plan(retriever, settings, batch, machine, count, kept_checkpoints=keep))
     console().print(_run_table(plan))
     return plan.fits
 
@@ -83,14 +87,16 @@ def _without_weights(model: str) -> Retriever:
 def _sizes(recipe: TrainRecipe, retriever: Retriever) -> BatchSize:
     """Of the recipe's rows; a dataset of the hub is not fetched for it."""
     if not Path(recipe.dataset).exists():
-        console().print(f"{recipe.dataset}: not on this machine, so sizes are assumed", markup=False)
+        console().print(
+            f"{recipe.dataset}: not on this machine, so sizes are assumed", markup=False
+        )
         return assumed_sizes(retriever.collator, recipe.train.batch)
     dataset = load_dataset(recipe.dataset, recipe.split)
     return measured_sizes(dataset, retriever.collator, recipe.train)
 
 
 def _print_head(plan: Plan, recipe_path: Path) -> None:
-    batch, each = plan.batch, "each of " if plan.ranks > 1 else ""
+    batch = plan.batch
     ranks = f"{plan.ranks} ranks" if plan.ranks > 1 else "1 rank"
     lines = [
         f"{recipe_path} on {plan.machine.name}, {ranks}",
@@ -102,18 +108,17 @@ def _print_head(plan: Plan, recipe_path: Path) -> None:
         "",
     ]
     console().print("\n".join(lines), markup=False)
-    del each
 
 
 def _memory_table(plan: Plan) -> Table:
     title = "memory of each rank" if plan.ranks > 1 else "memory"
-    table = _table(title, "GiB")
+    table = _table(title)
     for part in [*plan.fixed, *_graph_parts(plan.own)]:
-        table.add_row(part.name, _gib(part.num_bytes))
-    table.add_section()
-    table.add_row("at the highest moment of a step", _gib(plan.taken))
-    total = _gib(plan.machine.num_bytes)
-    table.add_row(f"there is ({total}, less {MARGIN:.0%})", _gib(plan.usable))
+        table.add_row(part.name, _size(part.num_bytes))
+    table.add_row()
+    table.add_row("at the highest moment of a step", _size(plan.taken))
+    total = _size(plan.machine.num_bytes)
+    table.add_row(f"there is ({total}, less {MARGIN:.0%})", _size(plan.usable))
     return table
 
 
@@ -127,16 +132,36 @@ def _graph_parts(cut: Chunking) -> list[Part]:
 def _print_verdict(plan: Plan) -> None:
     own, advice = plan.own, plan.advice
     documents, queries = own.num_chunks
-    twice = f"{own.share_twice:.0%} of the tokens run twice" if own.share_twice else "one pass"
-    size = "all rows of a side" if own.chunk_tokens is None else f"{own.chunk_tokens:,} tokens"
-    lines = [f"chunks of {size}: {documents} of documents, {queries} of queries; {twice}"]
+    size = "all rows" if own.chunk_tokens is None else f"{own.chunk_tokens:,} tokens"
+    lines = [f"chunks of {size}: {documents} of documents, {queries} of queries; {_passes(own)}"]
     lines += _faults(plan)
     if advice is None:
-        lines.append("not even one row a chunk fits: lower the pixel budget or freeze layers")
+        lines.append(_nothing_fits(plan))
     elif not plan.fits or advice.share_twice < own.share_twice:
-        rerun = f"{advice.share_twice:.0%} run twice" if advice.share_twice else "one pass"
-        lines.append(f"what fits ({rerun}), to paste into the recipe under `train:`")
+        lines.append(f"what fits ({_passes(advice)}), to paste into the recipe under `train:`")
         lines.append(f"  {_memory_line(advice)}")
+    console().print("\n".join(lines) + "\n", markup=False)
+
+
+def _passes(cut: Chunking) -> str:
+    return f"{cut.share_twice:.0%} run twice" if cut.share_twice else "one pass"
+
+
+def _nothing_fits(plan: Plan) -> str:
+    before = sum(part.num_bytes for part in plan.fixed)
+    if before > plan.usable:
+        return (
+            f"{_size(before)} are taken before any graph: freeze layers, keep the optimiser's\n"
+            "state in 8 bits, or spread the model over ranks with `parallel: fsdp2`"
+        )
+    return "not even a chunk of one row fits: lower the pixel budget, or freeze layers"
+
+
+def _print_lever(plan: Plan) -> None:
+    """What the recipe would come to with all layers checkpointed."""
+    lines = [f"with `gradient_checkpointing: all` it takes {_size(plan.taken)}"]
+    if not plan.fits and plan.advice is not None:
+        lines.append(f"  and fits with {_memory_line(plan.advice)}")
     console().print("\n".join(lines) + "\n", markup=False)
 
 
@@ -146,45 +171,53 @@ def _faults(plan: Plan) -> list[str]:
     faults = []
     if plan.loading > plan.usable:
         faults.append(
-            f"does not fit: the model is loaded whole before it is shared, {_gib(plan.loading)} GiB"
+            f"does not fit: the model is loaded whole before it is shared, {_size(plan.loading)}"
         )
     if plan.taken > plan.usable:
         faults.append(
-            f"does not fit: {_gib(plan.taken)} GiB are needed, {_gib(plan.usable)} GiB are there"
+            f"does not fit: {_size(plan.taken)} are needed, {_size(plan.usable)} are there"
         )
     if not own.fits_budget:
         assert own.activation_bytes is not None
         faults.append(
-            f"does not fit: the largest chunk holds {mebibytes(own.largest):,} MiB for backward, "
-            f"and memory.activation_mb is {mebibytes(own.activation_bytes):,}"
+            f"does not fit: a chunk holds {own.largest / _MIB:,.1f} MiB, "
+            f"but memory.activation_mb is {own.activation_bytes / _MIB:,.1f}"
         )
     return faults
 
 
 def _memory_line(cut: Chunking) -> str:
     assert cut.activation_bytes is not None
-    budget = mebibytes(cut.activation_bytes)
+    budget = math.floor(cut.activation_bytes / _MIB)
     return f"memory: {{chunk_tokens: {cut.chunk_tokens}, activation_mb: {budget}}}"
 
 
 def _run_table(plan: Plan) -> Table:
-    table = _table("the run", "")
+    table = _table("the run")
     epochs = "" if plan.epochs is None else f" ({plan.epochs:.1f} epochs)"
     table.add_row("steps" + epochs, f"{plan.steps:,}")
-    table.add_row("operations a step and rank", f"{plan.flops_a_step / 1e12:,.3g} TFLOP")
-    table.add_row(f"speed ({plan.speed.origin})", f"{plan.speed.flops / 1e12:,.3g} TFLOP/s")
-    table.add_row("hours, estimated", f"{plan.hours:,.2g}")
+    table.add_row("operations a step and rank", f"{_number(plan.flops_a_step / 1e12)} TFLOP")
+    table.add_row("speed of a rank", f"{_number(plan.speed.flops / 1e12)} TFLOP/s")
+    table.add_row(f"  {plan.speed.origin}")
+    table.add_row("hours, estimated", _number(plan.hours))
     for part in plan.disk:
-        table.add_row(f"disk: {part.name}", f"{_gib(part.num_bytes)} GiB")
+        table.add_row(f"disk: {part.name}", _size(part.num_bytes))
     return table
 
 
-def _table(title: str, unit: str) -> Table:
+def _table(title: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
-    table.add_column("part")
-    table.add_column(unit, justify="right")
+    table.add_column()
+    table.add_column(justify="right")
     return table
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:,.2f}"
+def _number(value: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes >= _GIB:
+        return f"{num_bytes / _GIB:,.2f} GiB"
+    return f"{num_bytes / _MIB:,.1f} MiB"

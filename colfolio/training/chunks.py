@@ -24,7 +24,7 @@ class Chunk:
     """Rows of one side of a batch that go through the model together.
 
     Args:
-        rows: on the model's device.
+        rows: where the batch is; they are moved to the model's device when they are run.
         row_ids: what dropout draws from, beside `seed`.
         seed: of the batch.
         replay_seed: of the chunk, for what draws from torch's generators.
@@ -77,7 +77,7 @@ def chunks_of(
     return chunks
 
 
-def filler(collator: Collator, side: Side, device: torch.device) -> Chunk:
+def filler(collator: Collator, side: Side) -> Chunk:
     """A chunk for a rank that has run out of its own, while others still run theirs."""
     if side == "queries":
         rows = collator.queries(["a"])
@@ -87,7 +87,7 @@ def filler(collator: Collator, side: Side, device: torch.device) -> Chunk:
     ids = torch.zeros(1, dtype=torch.int64)
     # of a side whose rows have digests, so that it is looked up when they are
     digests = (b"filler",) if side == "documents" else None
-    return Chunk(side, rows.to(device), ids, 0, 0, digests, is_filler=True)
+    return Chunk(side, rows, ids, 0, 0, digests, is_filler=True)
 
 
 def leaf(chunks: list[Chunk], packed: Packed, projection: nn.Linear) -> MultiVectors:
@@ -100,7 +100,7 @@ def leaf(chunks: list[Chunk], packed: Packed, projection: nn.Linear) -> MultiVec
     if not vectors:
         weight = projection.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        vectors = [torch.empty(0, len(weight), dtype=dtype, device=packed.token_ids.device)]
+        vectors = [torch.empty(0, len(weight), dtype=dtype, device=weight.device)]
     return MultiVectors(torch.cat(vectors).requires_grad_(), packed.offsets)
 
 

@@ -42,6 +42,10 @@ class DropoutKeys:
     tokens: Int64[Tensor, " N"]
     patches: Int64[Tensor, " P"]
 
+    def to(self, device: torch.device) -> DropoutKeys:
+        """The same keys on a device."""
+        return DropoutKeys(self.tokens.to(device), self.patches.to(device))
+
 
 def dropout_keys(
     packed: Packed, row_ids: Int64[Tensor, " rows"], seed: int, side: str

@@ -102,7 +102,7 @@ class ExactBatch:
         Of several ranks, each adds its part: the sum over ranks is the gradient.
 
         Args:
-            batch: on the model's device.
+            batch: anywhere; chunks are moved to the model's device one by one.
             loss: of the scores of all ranks' queries and documents.
             seed: of all that the model draws at random.
             share: one over the number of batches of an optimiser step.
@@ -128,8 +128,7 @@ class ExactBatch:
         """As many chunks as any rank has that shares this model."""
         for side, own in chunks.items():
             missing = max(self._partners.gather_counts(len(own))) - len(own)
-            collator, device = self._retriever.collator, self._retriever.device
-            own += [filler(collator, side, device) for _ in range(missing)]
+            own += [filler(self._retriever.collator, side) for _ in range(missing)]
         return chunks
 
     def _scores(self, queries: MultiVectors, documents: MultiVectors) -> Float[Tensor, "Q D"]:
@@ -179,8 +178,9 @@ class ExactBatch:
 
     def _vectors(self, chunk: Chunk, below: BorderOutput | None, *, with_graph: bool) -> Tensor:
         """Vectors of a chunk; run again, the model draws the same random numbers."""
+        rows = chunk.rows.to(self._retriever.device, with_patches=below is None)
         with self._drawing(chunk), torch.set_grad_enabled(with_graph):
-            return self._retriever(chunk.rows, below).vectors
+            return self._retriever(rows, below).vectors
 
     @contextmanager
     def _drawing(self, chunk: Chunk) -> Iterator[None]:
@@ -191,6 +191,6 @@ class ExactBatch:
             torch.manual_seed(chunk.replay_seed)
             if self._dropouts is not None:
                 keys = dropout_keys(chunk.rows, chunk.row_ids, chunk.seed, chunk.side)
-                stack.enter_context(self._dropouts.of(keys))
+                stack.enter_context(self._dropouts.of(keys.to(device)))
             stack.enter_context(autocast(self._precision, device))
             yield

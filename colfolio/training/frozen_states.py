@@ -64,13 +64,14 @@ class FrozenStates:
         """What comes out at the border; None if nothing is frozen.
 
         Args:
+            rows: anywhere; those that run are moved to the model's device.
             digests: of each row, under which its states are kept; None: they are not.
         """
         border = self._borders[len(rows.grid_thw) > 0]
         if border is None:
             return None
         if self._cache is None or digests is None:
-            return self._retriever.run_below(rows, border)
+            return self._retriever.run_below(rows.to(self._retriever.device), border)
         return BorderOutput(border, self._from_cache(self._cache, rows, digests, border))
 
     def _from_cache(
@@ -91,7 +92,8 @@ class FrozenStates:
     def _run(self, rows: Packed, border: Border) -> tuple[Tensor, ...]:
         """States at the border, row by row."""
         lengths = border.lengths(rows, self._retriever.contract.pixel_budget.merge)
-        return self._retriever.run_below(rows, border).states.split(lengths.tolist())
+        made = self._retriever.run_below(rows.to(self._retriever.device), border)
+        return made.states.split(lengths.tolist())
 
     def _fingerprint(self, border: Border) -> str:
         retriever = self._retriever

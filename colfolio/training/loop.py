@@ -11,12 +11,14 @@ from itertools import islice
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from colfolio.batch import ContrastiveBatch
 from colfolio.data.contrastive import BatchSource, DrawnBatch
 from colfolio.data.dataset import RetrievalDataset
 from colfolio.data.teacher import TeacherScores
+from colfolio.training.exact_batch import Loss
 from colfolio.training.losses import ScoreSummary, check_masks, contrastive_loss, maxsim_range
 from colfolio.training.optim import learning_rate, optimiser_step
 from colfolio.training.state import TrainingState
@@ -96,26 +98,28 @@ def _steps(state: TrainingState, source: BatchSource) -> Iterator[StepReport]:
 
 def _backward(state: TrainingState, batches: list[ContrastiveBatch]) -> ScoreSummary:
     """Add the mean gradient of some batches; what is drawn depends on (seed, step, batch)."""
-    settings = state.settings
     summaries = []
-    for number, each in enumerate(batches):
-        check_masks(each.positives, each.ignored, each.teacher)
-        batch = each.to(state.retriever.device)
-
-        lengths = state.world.gather_rows(each.queries.lengths, "own")
-        reach = maxsim_range(lengths).to(state.retriever.device)
-
-        def loss(
-            scores: Tensor, batch: ContrastiveBatch = batch, reach: Tensor = reach
-        ) -> ScoreSummary:
-            relations = batch.positives, batch.ignored, settings.loss, batch.teacher
-            return contrastive_loss(scores, *relations, score_range=reach)
-
-        drawn = np.random.default_rng((settings.seed, 3, state.step, number))
+    for number, batch in enumerate(batches):
+        check_masks(batch.positives, batch.ignored, batch.teacher)
+        drawn = np.random.default_rng((state.settings.seed, 3, state.step, number))
         seed = int(drawn.integers(2**63))
-        share = 1 / len(batches)
+        loss, share = _loss(state, batch), 1 / len(batches)
         summaries.append(state.exact.backward(batch, loss, seed, share, state.scaler.scale))
     return _mean(summaries)
+
+
+def _loss(state: TrainingState, batch: ContrastiveBatch) -> Loss:
+    """The configured loss of a batch's scores, those of all ranks."""
+    device, settings = state.retriever.device, state.settings.loss
+    masks = batch.positives.to(device), batch.ignored.to(device)
+    teacher = None if batch.teacher is None else batch.teacher.to(device)
+    lengths = state.world.gather_rows(batch.queries.lengths, "own")
+    reach = maxsim_range(lengths).to(device)
+
+    def loss(scores: Float[Tensor, "queries documents"]) -> ScoreSummary:
+        return contrastive_loss(scores, *masks, settings, teacher, reach)
+
+    return loss
 
 
 def _optimiser_step(state: TrainingState, rate: float) -> Tensor:

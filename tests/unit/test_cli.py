@@ -33,6 +33,7 @@ COMMANDS = {
         "--precision",
     },
     "init": {"base", "--out", "--dim", "--seed", "--dataset", "--revision"},
+    "plan": {"recipe", "overrides", "--gpu", "--ranks"},
     "positions": {"model", "--image", "--video", "--revision", "--scheme"},
     "prepare": {"documents", "overrides", "--out", "--view", "--split"},
     "search": {"index", "query", "--top-k", "--images", "--model", "--page-score"},

@@ -149,6 +149,7 @@ def test_a_step_honours_the_advice_and_runs_as_much_twice(mid, planned, random_i
     plan = planned(int(needed / 0.9), gradient_checkpointing=which)
     advice = plan.advice
     assert advice is not None
+    assert fixed + advice.activation_bytes < plan.usable  # a chunk at work has room beside it
     memory = {
         "chunk_tokens": advice.chunk_tokens,
         "activation_mb": advice.activation_bytes / MIB,

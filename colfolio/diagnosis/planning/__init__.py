@@ -1,0 +1,22 @@
+"""What a run will take, told before anything heavy is loaded."""
+
+from colfolio.diagnosis.planning.chunking import Chunking
+from colfolio.diagnosis.planning.fixed_memory import Part
+from colfolio.diagnosis.planning.machine import GPUS, Machine, named_gpu, this_machine
+from colfolio.diagnosis.planning.plan import MARGIN, Plan, make_plan
+from colfolio.diagnosis.planning.row_sizes import BatchSize, assumed_sizes, measured_sizes
+
+__all__ = [
+    "GPUS",
+    "MARGIN",
+    "BatchSize",
+    "Chunking",
+    "Machine",
+    "Part",
+    "Plan",
+    "assumed_sizes",
+    "make_plan",
+    "measured_sizes",
+    "named_gpu",
+    "this_machine",
+]

@@ -1,0 +1,289 @@
+"""Bytes that a graph holds for backward, counted from a model's shape before anything is run.
+
+Counted is what autograd saves of the backbones of `families.py`, as `Retriever` runs them: the
+input of each product whose weight trains, what norms, activations and attention need again, and in
+half precision a copy of each weight. `GraphBudget` measures the same on a graph that was built.
+
+Letters: N tokens, P patches, c bytes of a number in a product of matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from colfolio.diagnosis.planning.attention_memory import Heads, attention_memory
+from colfolio.diagnosis.planning.numerics import WIDE, Numerics
+from colfolio.models.border import Border, frozen_border
+from colfolio.models.retriever import Retriever
+
+# Of the feed-forward's width and of the layer's, so many numbers are there at once beside what is
+# saved; found by tracing the allocator.
+_FORWARD_INNER, _FORWARD_WIDTH = 3.0, 3.0
+_BACKWARD_INNER, _BACKWARD_WIDTH = 1.5, 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of one side that go through the model together.
+
+    Args:
+        lengths: tokens of each row.
+        patches: of each image; none for text.
+    """
+
+    lengths: Sequence[int]
+    patches: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GraphMemory:
+    """What rows take in a model, beside its weights and the rows themselves.
+
+    Args:
+        held: bytes of their graph from the end of forward to the beginning of backward.
+        peak: bytes at the highest moment of forward and backward.
+    """
+
+    held: int
+    peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Bytes of one layer.
+
+    Args:
+        saved: for backward.
+        entry: its input, which is all that stays if it is computed again.
+        copies: narrow copies of its weights.
+        forward, backward: there at once while it runs, beside what it saves.
+    """
+
+    saved: int
+    entry: int
+    copies: int
+    forward: int
+    backward: int
+    has_graph: bool
+    is_recomputed: bool
+
+    @property
+    def held(self) -> int:
+        """From forward to backward."""
+        if not self.has_graph:
+            return 0
+        return self.entry if self.is_recomputed else self.saved + self.copies
+
+
+def graph_memory(retriever: Retriever, rows: Rows, numerics: Numerics) -> GraphMemory:
+    """What some rows take; whatever is frozen and lies below the border holds nothing.
+
+    Args:
+        retriever: its weights may be on the meta device; which of them train, and which layers are
+            computed again, is read from it.
+    """
+    border = frozen_border(retriever.backbone, is_visual=bool(rows.patches))
+    layers = _layers(retriever, rows, border, numerics)
+    ends = _text_ends(retriever, rows, numerics)
+    if border is None or border.tower == "vision":
+        ends += _vision_ends(retriever.backbone.visual, border, rows.patches, numerics)
+    held = ends + sum(layer.held for layer in layers)
+    return GraphMemory(held, max(_forward_peak(layers, held), _backward_peak(layers, held)))
+
+
+def first_above(border: Border | None, num_blocks: int) -> tuple[int, int]:
+    """The first block of the vision tower and the first text layer that have a graph."""
+    if border is None:
+        return 0, 0
+    return (border.layers, 0) if border.tower == "vision" else (num_blocks, border.layers)
+
+
+def _layers(
+    retriever: Retriever, rows: Rows, border: Border | None, numerics: Numerics
+) -> list[_Layer]:
+    """Of both towers, in the order in which they run."""
+    visual, text = retriever.backbone.visual, retriever.backbone.language_model
+    first_block, first_layer = first_above(border, len(visual.blocks))
+    blocks = [
+        _vision_block(block, visual.config, rows.patches, numerics, has_graph=number >= first_block)
+        for number, block in enumerate(visual.blocks if rows.patches else [])
+    ]
+    layers = [
+        _text_layer(layer, rows.lengths, numerics, has_graph=number >= first_layer)
+        for number, layer in enumerate(text.layers)
+    ]
+    if first_layer < len(layers) and _begins_there(retriever, border, rows):
+        # a norm needs its input for the gradient of that alone
+        unsaved = sum(rows.lengths) * (retriever.projection.in_features + 1) * WIDE
+        lowest = layers[first_layer]
+        layers[first_layer] = replace(lowest, saved=lowest.saved - unsaved)
+    return blocks + layers
+
+
+def _begins_there(retriever: Retriever, border: Border | None, rows: Rows) -> bool:
+    """Whether nothing trains below the lowest text layer that has a graph."""
+    if border is not None and border.tower == "text" and border.layers:
+        return True
+    embedding = retriever.backbone.language_model.embed_tokens.weight
+    is_still = not rows.patches or (border is not None and border.tower == "text")
+    return is_still and not embedding.requires_grad
+
+
+def _forward_peak(layers: Sequence[_Layer], held: int) -> int:
+    """At the end all is held, and the narrow weights of layers to come again are still there."""
+    copies = sum(layer.copies for layer in layers if layer.has_graph and layer.is_recomputed)
+    passing = [layer.forward for layer in layers if layer.has_graph and layer.is_recomputed]
+    below = [layer.forward for layer in layers if not layer.has_graph]
+    return max(held + copies + max(passing, default=0), *below, 0)
+
+
+def _backward_peak(layers: Sequence[_Layer], held: int) -> int:
+    """Each layer lets go of what it held, the last first."""
+    peak = held
+    for layer in reversed([layer for layer in layers if layer.has_graph]):
+        again = layer.saved + layer.copies if layer.is_recomputed else 0
+        peak = max(peak, held + again + layer.backward)
+        held -= layer.held
+    return peak
+
+
+def _text_layer(
+    layer: Any, lengths: Sequence[int], numerics: Numerics, *, has_graph: bool
+) -> _Layer:
+    attention, mlp, c = layer.self_attn, layer.mlp, numerics.product_bytes
+    width = attention.num_heads * attention.head_dim
+    hidden, inner = layer.hidden_size, mlp.intermediate_size
+    size = _norm(layer.input_layernorm, hidden)
+    size += _inputs([attention.q_proj, attention.k_proj, attention.v_proj], hidden, numerics)
+    size += _norm(layer.post_attention_layernorm, hidden)
+    size += _inputs([mlp.gate_proj, mlp.up_proj], hidden, numerics)
+    size += 3 * inner * c  # into the activation, out of it, and what that is multiplied with
+    size += _inputs([mlp.down_proj], inner, numerics)
+    keys = attention.num_key_value_heads * attention.head_dim
+    heads = Heads(attention.num_heads, width, keys, keys, is_causal=True)
+    is_kept = bool(_inputs([attention.o_proj], width, numerics))
+    own = attention_memory(heads, lengths, numerics, output_is_kept=is_kept)
+    saved = sum(lengths) * size + own
+    return _layer(layer, sum(lengths), (hidden, WIDE, inner), saved, numerics, has_graph)
+
+
+def _vision_block(
+    block: Any, config: Any, lengths: Sequence[int], numerics: Numerics, *, has_graph: bool
+) -> _Layer:
+    width, inner, c = config.embed_dim, block.mlp.fc1.out_features, numerics.product_bytes
+    size = 2 * _layer_norm(width, numerics)
+    size += _inputs([block.attn.qkv], width, numerics)
+    size += _inputs([block.mlp.fc1], width, numerics)
+    # x * sigmoid(1.702 x) keeps both factors
+    size += inner * c * (2 if config.hidden_act == "quick_gelu" else 1)
+    size += _inputs([block.mlp.fc2], inner, numerics)
+    # values are a part of what comes out of `qkv`, which stays whole
+    heads = Heads(config.num_heads, width, width, 3 * width, is_causal=False)
+    is_kept = bool(_inputs([block.attn.proj], width, numerics))
+    own = attention_memory(heads, lengths, numerics, output_is_kept=is_kept)
+    saved = sum(lengths) * size + own
+    return _layer(block, sum(lengths), (width, c, inner), saved, numerics, has_graph)
+
+
+def _layer(
+    layer: nn.Module,
+    places: int,
+    widths: tuple[int, int, int],
+    saved: int,
+    numerics: Numerics,
+    has_graph: bool,
+) -> _Layer:
+    """A layer over so many tokens or patches.
+
+    Args:
+        widths: of its input in numbers, bytes of each of those, and width of its feed-forward.
+    """
+    width, entry_bytes, inner = widths
+    inner_bytes = inner * numerics.product_bytes
+    largest = max(weight.numel() for weight in layer.parameters())
+    # a gradient in half precision is made wide before it is added
+    gradient = largest * (2 + WIDE if numerics.is_half else WIDE)
+    return _Layer(
+        saved=saved,
+        entry=places * width * entry_bytes,
+        copies=_copies(layer.modules(), numerics),
+        forward=int(places * (_FORWARD_INNER * inner_bytes + _FORWARD_WIDTH * width * WIDE)),
+        backward=int(places * (_BACKWARD_INNER * inner_bytes + _BACKWARD_WIDTH * width * WIDE))
+        + gradient,
+        has_graph=has_graph,
+        is_recomputed=bool(getattr(layer, "gradient_checkpointing", False)),
+    )
+
+
+def _text_ends(retriever: Retriever, rows: Rows, numerics: Numerics) -> int:
+    """Cosines and sines, the last norm, the projection, and vectors of unit length."""
+    text, tokens = retriever.backbone.language_model, sum(rows.lengths)
+    projection = retriever.projection
+    size = 2 * text.layers[0].self_attn.head_dim * WIDE
+    size += _norm(text.norm, projection.in_features)
+    size += _inputs([projection], projection.in_features, numerics)
+    size += (retriever.dim + 2) * WIDE
+    size += 1 if rows.patches else 0  # which tokens are visual
+    return tokens * size + _copies(projection.modules(), numerics)
+
+
+def _vision_ends(
+    visual: Any, border: Border | None, lengths: Sequence[int], numerics: Numerics
+) -> int:
+    """Patch embedding, cosines and sines, and the merger of patches into tokens."""
+    if not lengths:
+        return 0
+    patches, c, config = sum(lengths), numerics.product_bytes, visual.config
+    first, _, last = visual.merger.mlp
+    size = _layer_norm(config.embed_dim, numerics)
+    if border is None or border.layers < len(visual.blocks):
+        size += 2 * (config.embed_dim // config.num_heads) * WIDE
+    embedding = visual.patch_embed.proj.weight
+    if border is None and numerics.is_half and embedding.requires_grad:
+        size += embedding[0].numel() * c
+    merged = _inputs([first], first.in_features, numerics)
+    merged += first.out_features * c  # into the activation
+    merged += _inputs([last], last.in_features, numerics)
+    tokens = patches // config.spatial_merge_size**2
+    return patches * size + tokens * merged + _copies(visual.merger.modules(), numerics)
+
+
+def _norm(norm: nn.Module, width: int) -> int:
+    """Of an RMS norm: its input, that at unit length, one over its length; always in float32."""
+    is_trained = any(weight.requires_grad for weight in norm.parameters())
+    return (2 * width if is_trained else width) * WIDE + WIDE
+
+
+def _layer_norm(width: int, numerics: Numerics) -> int:
+    """Of a layer norm in the vision tower: its input, mean and scale."""
+    is_narrow = numerics.is_half and not numerics.is_cuda
+    return width * (2 if is_narrow else WIDE) + 2 * WIDE
+
+
+def _inputs(modules: Sequence[nn.Module], width: int, numerics: Numerics) -> int:
+    """What products with weights that train keep of one common input.
+
+    In float32 all keep the same tensor; in half precision each has its own narrow copy. What lies
+    inside an adapter and has another width is a tensor of its own.
+    """
+    inside = [linear for module in modules for linear in _linears(module.modules())]
+    trained = [linear.in_features for linear in inside if linear.weight.requires_grad]
+    common = trained.count(width)
+    kept = common if numerics.is_half else min(common, 1)
+    others = sum(each for each in trained if each != width)
+    return (kept * width + others) * numerics.product_bytes
+
+
+def _copies(modules: Iterable[nn.Module], numerics: Numerics) -> int:
+    """Narrow copies of the weights of products."""
+    if not numerics.copies_weights:
+        return 0
+    return sum(linear.weight.numel() for linear in _linears(modules)) * numerics.product_bytes
+
+
+def _linears(modules: Iterable[nn.Module]) -> list[nn.Linear]:
+    return [module for module in modules if isinstance(module, nn.Linear)]

@@ -1,0 +1,224 @@
+"""What a run takes: memory of a rank by part, chunks, steps, hours and disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from colfolio.diagnosis.planning.arithmetic import Work, work_of
+from colfolio.diagnosis.planning.chunking import Chunker, Chunking
+from colfolio.diagnosis.planning.fixed_memory import (
+    Part,
+    fixed_parts,
+    rows_of_rank,
+    state_bytes,
+)
+from colfolio.diagnosis.planning.graph_memory import Rows
+from colfolio.diagnosis.planning.machine import Machine, Speed, numerics_of, speed_of
+from colfolio.diagnosis.planning.numerics import WIDE, Numerics
+from colfolio.diagnosis.planning.row_sizes import BatchSize, RowSize
+from colfolio.models.border import frozen_border
+from colfolio.models.gradient_checkpointing import checkpoint_layers
+from colfolio.models.retriever import Retriever
+from colfolio.training import TrainSettings
+
+MARGIN = 0.1  # of the memory, for fragments of the allocator and for what else runs
+_MIB = 2**20
+_ROWS_TIMED = 2048  # tokens of the product that is timed, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a recipe comes to on a machine.
+
+    Args:
+        ranks: that share each batch; numbers of memory and operations are of one.
+        batch: of all ranks.
+        num_weights, num_trained: of the model.
+        fixed: memory that is taken whatever the chunk.
+        own: the recipe's cut.
+        advice: the best one; None if not even a single row fits.
+        epochs: None where the dataset is not there.
+        flops: of a step that runs nothing twice, and of running everything once more.
+        disk: by part.
+    """
+
+    machine: Machine
+    ranks: int
+    numerics: Numerics
+    batch: BatchSize
+    num_weights: int
+    num_trained: int
+    fixed: tuple[Part, ...]
+    own: Chunking
+    advice: Chunking | None
+    steps: int
+    epochs: float | None
+    flops: tuple[float, float]
+    speed: Speed
+    disk: tuple[Part, ...]
+
+    @property
+    def usable(self) -> int:
+        """Bytes of a rank's memory, less the margin."""
+        return int(self.machine.num_bytes * (1 - MARGIN))
+
+    @property
+    def taken(self) -> int:
+        """Bytes at the highest moment of a step with the recipe's cut."""
+        return sum(part.num_bytes for part in self.fixed) + self.own.peak
+
+    @property
+    def loading(self) -> int:
+        """Bytes that a rank takes to load the model, which is only then spread over ranks."""
+        return self.num_weights * WIDE
+
+    @property
+    def fits(self) -> bool:
+        """Whether the recipe can be trained as it stands."""
+        return max(self.taken, self.loading) <= self.usable and self.own.fits_budget
+
+    @property
+    def flops_a_step(self) -> float:
+        """With the recipe's cut, or with the best where that does not fit."""
+        cut = self.own if self.fits or self.advice is None else self.advice
+        once, again = self.flops
+        return once + again * cut.share_twice
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run."""
+        return self.steps * self.flops_a_step / self.speed.flops / 3600
+
+
+def make_plan(
+    retriever: Retriever,
+    settings: TrainSettings,
+    batch: BatchSize,
+    machine: Machine,
+    ranks: int,
+    *,
+    kept_checkpoints: int,
+) -> Plan:
+    """Plan a run of a recipe.
+
+    Args:
+        retriever: on the meta device, with what is frozen frozen.
+        machine: what each rank has.
+        kept_checkpoints: that stay on disk.
+
+    Raises:
+        ColfolioError: the machine lacks the kernel that the recipe names.
+    """
+    numerics = numerics_of(settings, machine, ranks)
+    checkpoint_layers(retriever.backbone, settings.gradient_checkpointing)
+    fixed = tuple(fixed_parts(retriever, settings, batch, numerics, ranks))
+    own, advice = _cuts(retriever, settings, batch, numerics, ranks, machine, fixed)
+    epochs = _epochs(settings, batch)
+    return Plan(
+        machine=machine,
+        ranks=ranks,
+        numerics=numerics,
+        batch=batch,
+        num_weights=_count(retriever.parameters()),
+        num_trained=_count(each for each in retriever.parameters() if each.requires_grad),
+        fixed=fixed,
+        own=own,
+        advice=advice,
+        steps=settings.steps,
+        epochs=epochs,
+        flops=_flops(retriever, settings, batch, ranks, epochs),
+        speed=_speed(retriever, machine, numerics, own),
+        disk=_disk(retriever, settings, kept_checkpoints),
+    )
+
+
+def _cuts(
+    retriever: Retriever,
+    settings: TrainSettings,
+    batch: BatchSize,
+    numerics: Numerics,
+    ranks: int,
+    machine: Machine,
+    fixed: Sequence[Part],
+) -> tuple[Chunking, Chunking | None]:
+    """The recipe's cut, and the best one."""
+    chunker = Chunker(retriever, batch, numerics, ranks)
+    memory = settings.memory
+    budget = None if memory.activation_mb is None else int(memory.activation_mb * _MIB)
+    room = int(machine.num_bytes * (1 - MARGIN)) - sum(part.num_bytes for part in fixed)
+    return chunker.chunking(memory.chunk_tokens, budget), chunker.advice(room)
+
+
+def _speed(retriever: Retriever, machine: Machine, numerics: Numerics, cut: Chunking) -> Speed:
+    """Of a product like those of the feed-forward."""
+    text = retriever.backbone.config.get_text_config()
+    rows = min(cut.chunk_tokens or _ROWS_TIMED, _ROWS_TIMED)
+    return speed_of(machine, numerics, rows, text.hidden_size, text.intermediate_size)
+
+
+def _count(weights: Iterable[Tensor]) -> int:
+    return sum(weight.numel() for weight in weights)
+
+
+def _epochs(settings: TrainSettings, batch: BatchSize) -> float | None:
+    if not batch.epoch:
+        return None
+    return settings.steps * settings.accumulation * batch.queries / batch.epoch
+
+
+def _flops(
+    retriever: Retriever,
+    settings: TrainSettings,
+    batch: BatchSize,
+    ranks: int,
+    epochs: float | None,
+) -> tuple[float, float]:
+    """Operations of an optimiser step, the mean over the run, and those of a second forward."""
+    queries, documents = rows_of_rank(batch, ranks)
+    document = _work(retriever, batch.document).times(documents)
+    query = _work(retriever, batch.query).times(queries)
+    below = document.below * (1 - _from_cache(retriever, settings, batch, epochs)) + query.below
+    forward = document.forward + query.forward
+    pairs = queries * batch.query.tokens * batch.documents * batch.document.tokens
+    scores = 2 * pairs * retriever.dim
+    once = below + forward + document.backward + query.backward + scores
+    return once * settings.accumulation, float(forward * settings.accumulation)
+
+
+def _work(retriever: Retriever, row: RowSize) -> Work:
+    return work_of(retriever, Rows([row.tokens], [row.patches] if row.patches else ()))
+
+
+def _from_cache(
+    retriever: Retriever, settings: TrainSettings, batch: BatchSize, epochs: float | None
+) -> float:
+    """The share of documents whose frozen features are found, over all epochs."""
+    border = frozen_border(retriever.backbone, is_visual=True)
+    budget = (settings.features.ram_mb + settings.features.disk_mb) * _MIB
+    if border is None or not budget or not batch.corpus or not epochs or epochs <= 1:
+        return 0.0
+    config, row = retriever.backbone.config, batch.document
+    merge = retriever.contract.pixel_budget.merge
+    if border.tower == "vision":
+        numbers = row.patches * config.vision_config.embed_dim
+    else:
+        rows = row.tokens if border.layers else row.patches // merge**2
+        numbers = rows * config.get_text_config().hidden_size
+    kept = min(1.0, budget / (numbers * WIDE * batch.corpus))
+    return kept * (1 - 1 / epochs)
+
+
+def _disk(retriever: Retriever, settings: TrainSettings, kept: int) -> tuple[Part, ...]:
+    """What stands there at most: one checkpoint more than is kept, while it replaces another."""
+    weights = _count(retriever.parameters()) * WIDE
+    checkpoint = weights + state_bytes(retriever, settings)
+    parts = [
+        Part(f"{kept} + 1 checkpoints", (kept + 1) * checkpoint),
+        Part("the model in the end", weights),
+    ]
+    if settings.features.disk_mb:
+        parts.append(Part("feature cache", int(settings.features.disk_mb * _MIB)))
+    return tuple(parts)
