@@ -48,8 +48,8 @@ _TEXT_NAMES: dict[AttentionChoice, str] = {
 _BEST: tuple[AttentionKernel, ...] = ("varlen", "flash_attention_2", "sdpa")
 
 # Up to this length a plain product of matrices is faster on a CPU than the fused kernel, whose
-# backward is slow for short sequences.
-_SHORT = 128
+# backward is slow for short sequences, and in half precision for longer ones too.
+_SHORT, _SHORT_IN_HALF = 128, 1024
 
 
 def set_attention(backbone: Any, choice: AttentionChoice = "auto") -> None:
@@ -237,7 +237,8 @@ def _together(
 
 def _batched(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> Tensor:
     """Attention of equally long sequences, each tensor `[heads, sequences, length, head_dim]`."""
-    if query.is_cuda or query.shape[-2] > _SHORT:
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.is_cuda or query.shape[-2] > (_SHORT_IN_HALF if is_half else _SHORT):
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling)
     return _plain(query, key, value, causal, scaling)
 
