@@ -6,7 +6,7 @@ Letters: Q query vectors, D document vectors, n queries, m documents.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -16,6 +16,8 @@ from colfolio.maxsim.sides import check_sides
 
 # Similarities held at a time: 2^21 float32 are 8 MiB, about one core's share of the cache.
 _TILE = 1 << 21
+# Pairs of query vector and document that are sorted at a time for the gradient of the documents.
+_PAIRS = 1 << 20
 # Document vectors of which the best is found first, and only then which of them it is: `max` with
 # indices costs ten times `amax`. From a document of so many blocks on, that is faster.
 _BLOCK, _WORTH_BLOCKS = 64, 3
@@ -54,9 +56,8 @@ class _MaxSim(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, queries, query_offsets, documents, document_offsets):
-        winners = torch.empty(
-            len(queries), len(document_offsets) - 1, dtype=torch.int64, device=queries.device
-        )
+        shape = len(queries), len(document_offsets) - 1
+        winners = torch.empty(shape, dtype=torch.int32, device=queries.device)
         ctx.save_for_backward(queries, query_offsets, documents, document_offsets, winners)
         return _scores(queries, query_offsets, documents, document_offsets, winners)
 
@@ -82,7 +83,7 @@ class _MaxSim(torch.autograd.Function):
 
 
 def _query_gradient(
-    documents: Float[Tensor, "D dim"], winners: Int64[Tensor, "Q m"], weights: Float[Tensor, "Q m"]
+    documents: Float[Tensor, "D dim"], winners: Int32[Tensor, "Q m"], weights: Float[Tensor, "Q m"]
 ) -> Float[Tensor, "Q dim"]:
     """Of each query vector: the weighted sum of the document vectors that it chose."""
     if not winners.numel():  # embedding_bag refuses rows of no indices
@@ -92,20 +93,28 @@ def _query_gradient(
 
 def _document_gradient(
     queries: Float[Tensor, "Q dim"],
-    winners: Int64[Tensor, "Q m"],
+    winners: Int32[Tensor, "Q m"],
     weights: Float[Tensor, "Q m"],
     num_vectors: int,
 ) -> Float[Tensor, "D dim"]:
-    """Of each document vector: the weighted sum of the query vectors that chose it."""
-    chosen, pairs = winners.flatten().sort(stable=True)
-    times = torch.bincount(chosen, minlength=num_vectors)
-    return embedding_bag(
-        pairs // winners.shape[1],
-        queries,
-        times.cumsum(0) - times,
-        per_sample_weights=weights.flatten()[pairs],
-        mode="sum",
-    )
+    """Of each document vector: the weighted sum of the query vectors that chose it.
+
+    Some documents at a time, whose vectors no other documents have: sorting all pairs of a large
+    batch at once would take several times the memory of all its vectors.
+    """
+    gradient = queries.new_zeros(num_vectors, queries.shape[1])
+    step = max(1, _PAIRS // max(len(queries), 1))
+    for columns, of_columns in zip(winners.split(step, 1), weights.split(step, 1), strict=True):
+        chosen, pairs = columns.flatten().sort(stable=True)
+        vectors, times = chosen.unique_consecutive(return_counts=True)
+        gradient[vectors] = embedding_bag(
+            pairs // columns.shape[1],
+            queries,
+            times.cumsum(0) - times,
+            per_sample_weights=of_columns.flatten()[pairs],
+            mode="sum",
+        )
+    return gradient
 
 
 def _scores(
@@ -113,7 +122,7 @@ def _scores(
     query_offsets: Int64[Tensor, " n_and_one"],
     documents: Float[Tensor, "D dim"],
     document_offsets: Int64[Tensor, " m_and_one"],
-    winners: Int64[Tensor, "Q m"] | None = None,
+    winners: Int32[Tensor, "Q m"] | None = None,
 ) -> Float[Tensor, "n m"]:
     """Scores, tile by tile; `winners` is filled with the index of each best document vector.
 

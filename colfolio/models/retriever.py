@@ -29,6 +29,7 @@ from colfolio.errors import ColfolioError
 from colfolio.models.border import Border, BorderOutput
 from colfolio.models.checkpoint import cast_parameters, load_parts, save_parts
 from colfolio.models.contract import Contract, hash_weights
+from colfolio.models.linear import linear, speed_up_linears
 from colfolio.models.towers import Stretch, run_text, run_vision
 
 # "_": images of one call may differ in size
@@ -65,6 +66,7 @@ class Retriever(nn.Module):
         set_attention(backbone)
         if not isinstance(backbone.visual.patch_embed, LinearPatchEmbed):
             backbone.visual.patch_embed = LinearPatchEmbed(backbone.visual.patch_embed.proj)
+        speed_up_linears(backbone)
         # Any: which attributes a family's model has is known to `transformers` only at run time
         self.backbone: Any = backbone
         self.projection = projection
@@ -253,7 +255,7 @@ class LinearPatchEmbed(nn.Module):
 
     def forward(self, patches: Float[Tensor, "P patch_dim"]) -> Float[Tensor, "P width"]:
         """Embed flat patches."""
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 def _usable(device: str | torch.device | None) -> torch.device:
