@@ -247,11 +247,12 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: flo
     """Softmax of products over the last two dimensions `[length, head_dim]`."""
     length = query.shape[-2]
     logits = (query * scaling) @ key.transpose(-1, -2)  # [..., length, length]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if causal and length > 1:
         later = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-        logits = logits.masked_fill(later, float("-inf"))
-    return logits.softmax(dim=-1).to(value.dtype) @ value
+        with torch.no_grad():  # their weights are 0, and so are their gradients
+            logits.masked_fill_(later, float("-inf"))
+    # softmax computes in float32 at least, whatever it reads and writes
+    return logits.softmax(dim=-1) @ value
 
 
 def _varlen(

@@ -12,7 +12,7 @@ from itertools import groupby
 from colfolio.diagnosis.planning.numerics import WIDE, Numerics
 
 # Up to this length `sdpa` on a CPU is a plain product, which keeps its weights, L x L.
-_SHORT = 128
+_SHORT, _SHORT_IN_HALF = 128, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def attention_memory(
         return tokens * 3 * heads.width * c + _sums(heads, tokens) + output
     if numerics.attention == "eager":
         inputs = tokens * (2 * heads.width + _values(heads)) * c
-        return inputs + kept + sum(_weights(heads, length, 1, numerics) for length in lengths)
+        return inputs + kept + sum(heads.count * length**2 * c for length in lengths)
     if numerics.is_cuda:
         inputs = tokens * (2 * heads.width + _values(heads)) * c
         return inputs + _sums(heads, tokens) + output + kept  # in two orders of dimensions
@@ -71,36 +71,29 @@ def _on_cpu(
     if longest <= _SHORT and len(set(lengths)) > 1:
         places = longest * len(lengths)
         index = 8 * (places + tokens)
-        weights = _weights(heads, longest, len(lengths), numerics, has_mask=False)
+        # softmax weights in float32, and as they are multiplied
+        each = WIDE + c if numerics.is_half else WIDE
+        weights = heads.count * longest**2 * len(lengths) * each
         return places * 3 * heads.width * c + weights + index + kept
-    size = 0
-    fused = sum(length * count for length, count in runs if length > _SHORT)
+    size, short = 0, _SHORT_IN_HALF if numerics.is_half else _SHORT
+    fused = sum(length * count for length, count in runs if length > short)
     if fused:
         size += tokens * (2 * heads.width + _values(heads)) * c + _sums(heads, fused)
         # cut out of one call's output, or put together of several
         size += fused * heads.width * c if len(runs) > 1 or not output_is_kept else 0
+    elif any(count == 1 for _, count in runs):
+        size += tokens * (heads.width + _values(heads)) * c
     for length, count in runs:
-        if length <= _SHORT:
-            size += _plain_run(heads, length, count, numerics, shares=bool(fused))
+        if length <= short:
+            size += _plain_run(heads, length, count, numerics)
     return size + kept
 
 
-def _plain_run(heads: Heads, length: int, count: int, numerics: Numerics, *, shares: bool) -> int:
+def _plain_run(heads: Heads, length: int, count: int, numerics: Numerics) -> int:
     """A run of short sequences; keys and values of a single one are no copies."""
-    is_copied = count > 1
-    width = heads.width if is_copied or not shares else 0
-    values = heads.width if is_copied else _values(heads) if not shares else 0
-    inputs = length * count * (heads.width + width + values) * numerics.product_bytes
-    return inputs + _weights(heads, length, count, numerics)
-
-
-def _weights(
-    heads: Heads, length: int, count: int, numerics: Numerics, *, has_mask: bool = True
-) -> int:
-    """Softmax weights of sequences of one length, in float32 and as they are multiplied."""
-    each = WIDE + numerics.product_bytes if numerics.is_half else WIDE
-    mask = length**2 if has_mask and heads.is_causal and length > 1 else 0
-    return heads.count * length**2 * count * each + mask
+    copies = 3 if count > 1 else 1
+    inputs = length * count * copies * heads.width
+    return (inputs + heads.count * length**2 * count) * numerics.product_bytes
 
 
 def _values(heads: Heads) -> int:
