@@ -16,7 +16,9 @@ _DTYPES: dict[SettledPrecision, torch.dtype] = {
 }
 
 
-def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+def autocast(
+    precision: Precision, device: torch.device, *, keeps_copies: bool = True
+) -> torch.autocast:
     """A context in which products of matrices run in the wished precision.
 
     Args:
@@ -24,11 +26,13 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
             elsewhere, as `fp32` is everywhere. fp16 is never chosen unasked: its range is narrow,
             and training in it needs a scaled loss.
         device: of the model.
+        keeps_copies: of weights that train, for their next use, until the outermost such context
+            ends.
     """
     settled = settled_precision(precision, device)
     if settled == "fp32":
         return torch.autocast(device.type, enabled=False)
-    return torch.autocast(device.type, dtype=_DTYPES[settled])
+    return torch.autocast(device.type, dtype=_DTYPES[settled], cache_enabled=keeps_copies)
 
 
 def settled_precision(precision: Precision, device: torch.device) -> SettledPrecision:

@@ -32,6 +32,7 @@ class Chunk:
         is_filler: belongs to no batch; its vectors have no part in the loss.
 
     Attributes:
+        is_kept: its graph waits for backward; else it is run a second time.
         vectors: with a graph, if that was kept.
         below: what the frozen layers made, if that was kept.
     """
@@ -43,6 +44,7 @@ class Chunk:
     replay_seed: int
     digests: tuple[bytes, ...] | None = None
     is_filler: bool = False
+    is_kept: bool = False
     vectors: Tensor = field(default_factory=lambda: torch.empty(0))
     below: BorderOutput | None = None
 
@@ -53,15 +55,20 @@ class Chunk:
 
 
 def chunks_of(
-    batch: ContrastiveBatch, chunk_tokens: int | None, seed: int
+    batch: ContrastiveBatch, chunk_tokens: int | None, seed: int, rank: int
 ) -> dict[Side, list[Chunk]]:
-    """Runs of rows of each side of at most so many tokens, or of one row that has more."""
+    """Runs of rows of each side of at most so many tokens, or of one row that has more.
+
+    Args:
+        seed: of the batch, the same on all ranks.
+        rank: whose rows these are.
+    """
     sides = (
         (batch.documents, batch.document_ids, batch.document_digests),
         (batch.queries, batch.query_ids, None),
     )
     chunks: dict[Side, list[Chunk]] = {}
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng((seed, rank))
     for side, (packed, ids, digests) in zip(_SIDES, sides, strict=True):
         chunks[side] = [
             Chunk(

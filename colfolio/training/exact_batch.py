@@ -60,6 +60,7 @@ class ExactBatch:
         cache: for what frozen layers make of documents, across epochs.
         dropouts: of the model, which draw by row, so that chunks and ranks change no draw. None:
             it draws from torch's generators, which each chunk seeds; its second run draws alike.
+        kernel: of attention, as part of what decides the cached output.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ExactBatch:
         is_sharded: bool = False,
         cache: FeatureCache | None = None,
         dropouts: RowDropouts | None = None,
+        kernel: str = "",
     ) -> None:
         self._retriever = retriever
         self._chunk_tokens = settings.chunk_tokens
@@ -81,13 +83,12 @@ class ExactBatch:
         self._partners = self._world if is_sharded else World()
         self._budget = GraphBudget(retriever, settings.activation_mb)
         self._dropouts = dropouts
-        self._has_cache = cache is not None
-        self._frozen = FrozenStates(retriever, precision, cache, self._partners)
+        self._frozen = FrozenStates(retriever, precision, kernel, cache, self._partners)
 
     @property
-    def has_cache(self) -> bool:
-        """Whether what frozen layers make is kept, so that batches should carry digests."""
-        return self._has_cache
+    def cache(self) -> FeatureCache | None:
+        """Where what frozen layers make is kept; with one, batches should carry digests."""
+        return self._frozen.cache
 
     def backward(
         self,
@@ -111,9 +112,12 @@ class ExactBatch:
         Raises:
             RecipeError: a chunk holds more for backward than the budget.
         """
-        chunks = self._equally_many(chunks_of(batch, self._chunk_tokens, seed))
-        self._first_pass([*chunks["documents"], *chunks["queries"]])
+        chunks = chunks_of(batch, self._chunk_tokens, seed, self._world.rank)
+        self._make_equally_many(chunks)
         projection = self._retriever.projection
+        # one context around all chunks: weights are cast once, and all graphs hold the same copies
+        with autocast(self._precision, self._retriever.device):
+            self._first_pass([*chunks["documents"], *chunks["queries"]])
         documents = leaf(chunks["documents"], batch.documents, projection)
         queries = leaf(chunks["queries"], batch.queries, projection)
         summary = loss(self._scores(queries, documents))
@@ -124,12 +128,11 @@ class ExactBatch:
                 self._second_pass(chunk, scale(gradient))
         return summary
 
-    def _equally_many(self, chunks: dict[Side, list[Chunk]]) -> dict[Side, list[Chunk]]:
-        """As many chunks as any rank has that shares this model."""
+    def _make_equally_many(self, chunks: dict[Side, list[Chunk]]) -> None:
+        """Add to each side as many chunks as any rank has that shares this model."""
         for side, own in chunks.items():
             missing = max(self._partners.gather_counts(len(own))) - len(own)
             own += [filler(self._retriever.collator, side) for _ in range(missing)]
-        return chunks
 
     def _scores(self, queries: MultiVectors, documents: MultiVectors) -> Float[Tensor, "Q D"]:
         """Scores of all ranks' queries and documents, the same on every rank."""
@@ -146,23 +149,31 @@ class ExactBatch:
         for chunk in chunks:
             to_come -= chunk.num_tokens
             below = self._below(chunk)
-            has_room = self._budget.has_room(chunk.side, chunk.num_tokens, to_come)
-            is_kept = self._partners.agree(has_room)
-            if is_kept:
-                with self._budget.measuring(chunk.rows) as held:
-                    chunk.vectors = self._vectors(chunk, below, with_graph=True)
-                fits = self._budget.keep(chunk.side, chunk.num_tokens, to_come, held)
-                is_kept = self._partners.agree(fits)
-            else:
-                chunk.vectors = self._vectors(chunk, below, with_graph=False)
-            if not is_kept:
+            self._run(chunk, below, to_come)
+            if not chunk.is_kept:
                 chunk.vectors = chunk.vectors.detach()
-                fits = below is None or self._budget.take(below.states.nbytes)
-                chunk.below = below if self._partners.agree(fits) else None
+                size = 0 if below is None else below.states.nbytes
+                if self._partners.agree(self._budget.has_space(size)):
+                    self._budget.hold(size)
+                    chunk.below = below
+
+    def _run(self, chunk: Chunk, below: BorderOutput | None, to_come: int) -> None:
+        """Run a chunk for the first time, and settle whether its graph is kept."""
+        budget, side, tokens = self._budget, chunk.side, chunk.num_tokens
+        held = None
+        chunk.is_kept = self._partners.agree(budget.has_room(side, tokens, to_come))
+        if chunk.is_kept:
+            with budget.measuring(chunk.rows) as held:
+                chunk.vectors = self._vectors(chunk, below, with_graph=True)
+            budget.check(side, tokens, held)
+            chunk.is_kept = self._partners.agree(budget.fits(held, to_come))
+        else:
+            chunk.vectors = self._vectors(chunk, below, with_graph=False)
+        budget.count(side, tokens, held, is_kept=chunk.is_kept)
 
     def _second_pass(self, chunk: Chunk, gradient: Tensor) -> None:
         vectors = chunk.vectors
-        if not vectors.requires_grad:
+        if not chunk.is_kept:
             below = chunk.below or self._below(chunk)
             with self._budget.measuring(chunk.rows) as held:
                 vectors = self._vectors(chunk, below, with_graph=True)
@@ -173,24 +184,25 @@ class ExactBatch:
 
     def _below(self, chunk: Chunk) -> BorderOutput | None:
         """What the frozen layers make of a chunk, if there are any."""
-        with self._drawing(chunk):
+        with self._drawing(chunk, with_graph=False):
             return self._frozen.of(chunk.rows, chunk.digests)
 
     def _vectors(self, chunk: Chunk, below: BorderOutput | None, *, with_graph: bool) -> Tensor:
         """Vectors of a chunk; run again, the model draws the same random numbers."""
         rows = chunk.rows.to(self._retriever.device, with_patches=below is None)
-        with self._drawing(chunk), torch.set_grad_enabled(with_graph):
+        with self._drawing(chunk, with_graph=with_graph), torch.set_grad_enabled(with_graph):
             return self._retriever(rows, below).vectors
 
     @contextmanager
-    def _drawing(self, chunk: Chunk) -> Iterator[None]:
+    def _drawing(self, chunk: Chunk, *, with_graph: bool) -> Iterator[None]:
         device = self._retriever.device
         with ExitStack() as stack:
             gpus = [device] if device.type == "cuda" else []
             stack.enter_context(torch.random.fork_rng(gpus))
             torch.manual_seed(chunk.replay_seed)
-            if self._dropouts is not None:
+            if self._dropouts:
                 keys = dropout_keys(chunk.rows, chunk.row_ids, chunk.seed, chunk.side)
                 stack.enter_context(self._dropouts.of(keys.to(device)))
-            stack.enter_context(autocast(self._precision, device))
+            # a copy of a weight that was made without a graph would give the weight no gradient
+            stack.enter_context(autocast(self._precision, device, keeps_copies=with_graph))
             yield

@@ -12,7 +12,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 
+import PIL
 import torch
 import transformers
 from torch import Tensor, nn
@@ -43,6 +45,8 @@ class FrozenPart:
     def fingerprint(self) -> str:
         """SHA-256 of all fields, of the libraries' versions, and of how float32 is multiplied."""
         values = asdict(self) | {
+            "colfolio": version("colfolio"),
+            "pillow": PIL.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "float32_matmul": torch.get_float32_matmul_precision(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,12 @@ from colfolio.training.dropout import RowDropout
 from colfolio.training.feature_cache import FeatureCache, row_key
 from colfolio.training.frozen_part import FrozenPart, FrozenWeights
 
+# Of a configuration: how and from where a model was loaded.
+_SAYS_NOTHING = {
+    *("architectures", "_name_or_path", "transformers_version", "dtype", "torch_dtype"),
+    "_attn_implementation",
+}
+
 
 class FrozenStates:
     """Runs the frozen layers, and keeps what they make of documents if there is a cache.
@@ -24,40 +31,46 @@ class FrozenStates:
     Args:
         retriever: whose parameters say what is frozen, anew at each step.
         precision: in which the caller has it compute, settled.
+        kernel: of its attention, settled likewise.
         cache: for the output, across epochs.
         world: of ranks that have to run the same units of a sharded model; else a world of one.
 
-    Raises:
-        RecipeError: there is a cache, and the frozen layers drop at random.
     """
 
     def __init__(
         self,
         retriever: Retriever,
         precision: Precision,
+        kernel: str,
         cache: FeatureCache | None,
         world: World,
     ) -> None:
         self._retriever = retriever
         self._precision = precision
-        self._cache = cache
+        self._kernel = kernel
+        self.cache = cache
         self._world = world
         self._borders: dict[bool, Border | None] = {}
-        self._weights: tuple[Border, FrozenWeights] | None = None
+        self._modules: list[nn.Module] = []
+        self._weights = FrozenWeights([])
         self._part = ""
 
     def begin(self) -> None:
-        """Look anew at what is frozen; what another state of the weights made is forgotten."""
+        """Look anew at what is frozen; what another state of the weights made is forgotten.
+
+        Raises:
+            RecipeError: there is a cache, and the frozen layers drop at random.
+        """
         backbone = self._retriever.backbone
         self._borders = {
             is_visual: frozen_border(backbone, is_visual=is_visual) for is_visual in (True, False)
         }
         border = self._borders[True]
-        if self._cache is None:
+        if self.cache is None:
             return
         part = self._fingerprint(border) if border else ""
         if part != self._part:
-            self._cache.keep_only([part] if part else [])
+            self.cache.keep_only([part] if part else [])
             self._part = part
 
     def of(self, rows: Packed, digests: tuple[bytes, ...] | None) -> BorderOutput | None:
@@ -65,14 +78,15 @@ class FrozenStates:
 
         Args:
             rows: anywhere; those that run are moved to the model's device.
-            digests: of each row, under which its states are kept; None: they are not.
+            digests: of each row, under which its states are kept if it is visual; None: they are
+                not.
         """
         border = self._borders[len(rows.grid_thw) > 0]
         if border is None:
             return None
-        if self._cache is None or digests is None:
+        if self.cache is None or digests is None or not len(rows.grid_thw):
             return self._retriever.run_below(rows.to(self._retriever.device), border)
-        return BorderOutput(border, self._from_cache(self._cache, rows, digests, border))
+        return BorderOutput(border, self._from_cache(self.cache, rows, digests, border))
 
     def _from_cache(
         self, cache: FeatureCache, rows: Packed, digests: Sequence[bytes], border: Border
@@ -96,22 +110,31 @@ class FrozenStates:
         return made.states.split(lengths.tolist())
 
     def _fingerprint(self, border: Border) -> str:
-        retriever = self._retriever
-        parts = frozen_parts(retriever.backbone, border)
-        if self._weights is None or self._weights[0] != border:
-            _refuse_dropout(parts)
-            self._weights = (border, FrozenWeights(parts))
-        weights = self._world.gather_objects(self._weights[1].fingerprint())
+        """Of all that decides what comes out at a border."""
+        retriever, device = self._retriever, self._retriever.device
+        modules = frozen_parts(retriever.backbone, border)
+        if list(map(id, modules)) != list(map(id, self._modules)):
+            _refuse_dropout(modules)
+            self._modules, self._weights = modules, FrozenWeights(modules)
+        is_cuda = device.type == "cuda"
         part = FrozenPart(
-            weights="".join(weights),
+            # ranks of a sharded model hold a part each; ranks of a host may share a folder
+            weights="".join(self._world.gather_objects(self._weights.fingerprint())),
             border=f"{border.tower} {border.layers}",
-            config=retriever.backbone.config.to_json_string()
-            + retriever.contract.model_dump_json(),
+            config=_config(retriever),
             precision=self._precision,
-            attention=str(retriever.backbone.config._attn_implementation),
-            device=str(retriever.device),
+            attention=self._kernel or str(retriever.backbone.config._attn_implementation),
+            device=torch.cuda.get_device_name(device) if is_cuda else device.type,
         )
         return part.fingerprint()
+
+
+def _config(retriever: Retriever) -> str:
+    """What the configuration and the contract decide, whatever folder they were read from."""
+    config = retriever.backbone.config
+    parts = [config.vision_config.to_dict(), config.text_config.to_dict()]
+    kept = [{key: part[key] for key in sorted(part) if key not in _SAYS_NOTHING} for part in parts]
+    return json.dumps(kept, default=str) + retriever.contract.model_dump_json()
 
 
 def row_digests(rows: Packed) -> tuple[bytes, ...]:

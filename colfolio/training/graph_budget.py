@@ -19,9 +19,20 @@ _MIB = 2**20
 
 @dataclass(slots=True)
 class Held:
-    """Bytes that a graph holds for backward, beside the weights; known when it is built."""
+    """What a graph holds for backward, beside weights and inputs; known when it is built.
+
+    Args:
+        num_bytes: all of it.
+        shared: of these, copies of weights in half precision, which all graphs of a batch share.
+    """
 
     num_bytes: int = 0
+    shared: int = 0
+
+    @property
+    def own(self) -> int:
+        """Bytes that no other graph holds."""
+        return self.num_bytes - self.shared
 
 
 class GraphBudget:
@@ -41,6 +52,7 @@ class GraphBudget:
         self._model = model
         self._budget = None if activation_mb is None else int(activation_mb * _MIB)
         self._a_token: dict[str, float] = {}  # bytes of graph, the most that was measured
+        self._shared = 0
         self.begin()
 
     def begin(self) -> None:
@@ -57,62 +69,64 @@ class GraphBudget:
             tokens: of the chunk.
             tokens_to_come: of all chunks of the batch behind it, of either side.
         """
-        if self._budget is None or not self._a_token:
-            return True
-        needed = int(self._a_token.get(side, max(self._a_token.values())) * tokens)
-        fits = self._fits(needed, tokens_to_come)
-        self._largest = max(self._largest, needed)
-        self._is_any_dropped |= not fits
-        return fits
+        return self._budget is None or self._fits(self._expected(side, tokens), tokens_to_come)
 
     def check(self, side: str, tokens: int, held: Held) -> None:
-        """Note what a graph that was built holds.
+        """Note what the graph of a chunk that was built holds.
 
         Raises:
             RecipeError: it holds more than the budget by itself.
         """
         if self._budget is None:
             return
-        self._a_token[side] = max(self._a_token.get(side, 0.0), held.num_bytes / max(tokens, 1))
+        self._a_token[side] = max(self._a_token.get(side, 0.0), held.own / max(tokens, 1))
+        self._shared = max(self._shared, held.shared)
         if held.num_bytes > self._budget:
             raise RecipeError(
-                f"a chunk of {tokens} tokens of {side} holds {held.num_bytes / _MIB:.1f} MiB for "
-                f"backward, but activation_mb is {self._budget / _MIB:.1f}: lower chunk_tokens to "
-                f"about {int(tokens * self._budget / held.num_bytes)}, raise activation_mb, or "
-                "switch on gradient_checkpointing; if the chunk is one long row, shrink its pages"
+                f"a chunk of {tokens} tokens of {side} holds {held.num_bytes / _MIB:.3g} MiB for "
+                f"backward, but activation_mb is {self._budget / _MIB:.3g}: raise it to "
+                f"{held.num_bytes / _MIB * 1.05:.3g} or more, switch on gradient_checkpointing, "
+                "or, if the chunk is more than one row, lower chunk_tokens"
             )
 
-    def keep(self, side: str, tokens: int, tokens_to_come: int, held: Held) -> bool:
-        """Whether a graph that was built may stay; its size is counted if so.
+    def fits(self, held: Held, tokens_to_come: int) -> bool:
+        """Whether a graph that was built may stay."""
+        return self._budget is None or self._fits(held.own, tokens_to_come)
 
-        Raises:
-            RecipeError: it holds more than the budget by itself.
+    def count(self, side: str, tokens: int, held: Held | None, *, is_kept: bool) -> None:
+        """Note whether a chunk's graph stays.
+
+        Args:
+            held: what it holds; None if it was not built.
         """
+        own = self._expected(side, tokens) if held is None else held.own
+        self._largest = max(self._largest, own)
+        self._is_any_dropped |= not is_kept
+        self._kept += own if is_kept else 0
+
+    def has_space(self, num_bytes: int) -> bool:
+        """Whether so many bytes beside the graphs may be kept."""
         if self._budget is None:
             return True
-        self.check(side, tokens, held)
-        fits = self._fits(held.num_bytes, tokens_to_come)
-        self._largest = max(self._largest, held.num_bytes)
-        self._is_any_dropped |= not fits
-        self._kept += held.num_bytes if fits else 0
-        return fits
+        return self._kept + num_bytes + self._largest + self._shared <= self._budget
 
-    def _fits(self, needed: int, tokens_to_come: int) -> bool:
+    def hold(self, num_bytes: int) -> None:
+        """Note bytes that are kept beside the graphs."""
+        self._kept += num_bytes
+
+    def _expected(self, side: str, tokens: int) -> int:
+        """Bytes that the graph of a chunk will hold by itself."""
+        most = max(self._a_token.values(), default=0.0)
+        return int(self._a_token.get(side, most) * tokens)
+
+    def _fits(self, own: int, tokens_to_come: int) -> bool:
         """Whether all that is still to come fits, or this beside a chunk that is built again."""
         assert self._budget is not None
-        with_this = self._kept + needed
-        with_all = with_this + max(self._a_token.values()) * tokens_to_come
+        with_this = self._kept + own + self._shared
+        with_all = with_this + max(self._a_token.values(), default=0.0) * tokens_to_come
         if not self._is_any_dropped and with_all <= self._budget:
             return True
-        return with_this + max(self._largest, needed) <= self._budget
-
-    def take(self, num_bytes: int) -> bool:
-        """Whether so many bytes beside the graphs may be kept; they are counted if so."""
-        if self._budget is None:
-            return True
-        fits = self._kept + num_bytes + self._largest <= self._budget
-        self._kept += num_bytes if fits else 0
-        return fits
+        return with_this + max(self._largest, own) <= self._budget
 
     @contextmanager
     def measuring(self, inputs: Packed) -> Iterator[Held]:
@@ -127,12 +141,17 @@ class GraphBudget:
         with _held_by_graph(self._model, inputs) as storages:
             yield held
         # only now: the weights of a sharded model were put together for the run, and are gone again
-        held.num_bytes = sum(storage.nbytes() for storage in storages.values())
+        held.num_bytes = sum(storage.nbytes() for storage, _ in storages.values())
+        held.shared = sum(storage.nbytes() for storage, is_shared in storages.values() if is_shared)
 
 
 @contextmanager
-def _held_by_graph(model: nn.Module, inputs: Packed) -> Iterator[dict[int, torch.UntypedStorage]]:
+def _held_by_graph(
+    model: nn.Module, inputs: Packed
+) -> Iterator[dict[int, tuple[torch.UntypedStorage, bool]]]:
     """Every storage that a graph built inside holds, by address; weights and inputs aside.
+
+    Beside each stands whether it is a copy of a weight, which other graphs hold as well.
 
     A layer that is computed again in backward hands its input over past the hooks of autograd, so
     its input is counted as it comes in.
@@ -140,12 +159,12 @@ def _held_by_graph(model: nn.Module, inputs: Packed) -> Iterator[dict[int, torch
     weights = [weight for weight in model.parameters() if not isinstance(weight, DTensor)]
     there_anyway = [*weights, inputs.patches, inputs.position_ids, inputs.token_ids]
     known = {tensor.untyped_storage().data_ptr() for tensor in there_anyway}
-    held: dict[int, torch.UntypedStorage] = {}
+    held: dict[int, tuple[torch.UntypedStorage, bool]] = {}
 
     def count(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            held[storage.data_ptr()] = storage
+            held[storage.data_ptr()] = storage, _is_cast_weight(tensor)
 
     def pack(tensor: Tensor) -> Tensor:
         count(tensor)
@@ -160,6 +179,18 @@ def _held_by_graph(model: nn.Module, inputs: Packed) -> Iterator[dict[int, torch
             stack.callback(layer.register_forward_pre_hook(count_inputs).remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         yield held
+
+
+def _is_cast_weight(tensor: Tensor) -> bool:
+    """Whether autocast made a tensor of a weight that trains, and keeps it for the next use."""
+    node = tensor.grad_fn
+    while node is not None and len(node.next_functions) == 1:
+        if node.name() not in ("ToCopyBackward0", "TBackward0"):
+            return False
+        node = node.next_functions[0][0]
+        if node is not None and node.name() == "torch::autograd::AccumulateGrad":
+            return True
+    return False
 
 
 def _recomputed_layers(model: nn.Module) -> Iterator[nn.Module]:

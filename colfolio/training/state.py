@@ -17,6 +17,7 @@ from colfolio.data.contrastive import BatchSettings
 from colfolio.data.sampler import SamplerPosition
 from colfolio.distributed import World, shard
 from colfolio.errors import RecipeError
+from colfolio.models.border import frozen_border
 from colfolio.models.checkpoint import cast_parameters
 from colfolio.models.gradient_checkpointing import GradientCheckpointing, checkpoint_layers
 from colfolio.models.precision import Precision, product_dtype, settled_precision
@@ -104,36 +105,34 @@ def start_training(
             drops in a way that is not drawn by row.
     """
     world = world or World()
-    if settings.parallel == "fsdp2" and settings.optimiser.state == "bitsandbytes_8bit":
-        raise RecipeError(
-            "optimiser.state bitsandbytes_8bit cannot be spread over ranks, as parallel: fsdp2 "
-            "asks; take torchao_8bit, or parallel: ddp"
-        )
+    _check_state(settings)
     device = retriever.device
     precision = settled_precision(settings.precision, device)
-    update = {"precision": precision, "threads": settings.threads or torch.get_num_threads()}
-    kernel = choose_attention(settings.attention, device, product_dtype(precision, device))
+    dtype = product_dtype(precision, device)
+    kernel = choose_attention(settings.attention, device, dtype)
     set_attention(retriever.backbone, settings.attention)
     cast_parameters(retriever, torch.float32)
     retriever.train()
     dropouts = RowDropouts(retriever)
     checkpoint_layers(retriever.backbone, settings.gradient_checkpointing, dropouts.contexts)
     if settings.parallel == "fsdp2":
-        dtype = None if precision == "fp32" else product_dtype(precision, device)
-        shard(retriever, retriever.units(), world, methods=["run_below"], compute_dtype=dtype)
+        halves = None if precision == "fp32" else dtype
+        shard(retriever, retriever.units(), world, methods=["run_below"], compute_dtype=halves)
     exact = ExactBatch(
         retriever,
         settings.memory,
         precision,
         world,
         is_sharded=settings.parallel == "fsdp2",
-        cache=_cache(settings.features, features_folder),
+        cache=_cache(retriever, settings.features, features_folder),
         dropouts=dropouts,
+        kernel=kernel,
     )
+    settled = {"precision": precision, "threads": settings.threads or torch.get_num_threads()}
     return TrainingState(
         retriever,
         build_optimiser(retriever, settings.optimiser),
-        settings.model_copy(update=update),
+        settings.model_copy(update=settled),
         exact,
         build_scaler(precision, device),
         world,
@@ -141,5 +140,23 @@ def start_training(
     )
 
 
-def _cache(settings: FeatureCacheSettings, folder: Path | None) -> FeatureCache | None:
-    return FeatureCache(settings, folder) if settings.ram_mb or settings.disk_mb else None
+def _check_state(settings: TrainSettings) -> None:
+    if settings.parallel == "fsdp2" and settings.optimiser.state == "bitsandbytes_8bit":
+        raise RecipeError(
+            "optimiser.state bitsandbytes_8bit cannot be spread over ranks, as parallel: fsdp2 "
+            "asks; take torchao_8bit, or parallel: ddp"
+        )
+
+
+def _cache(
+    retriever: Retriever, settings: FeatureCacheSettings, folder: Path | None
+) -> FeatureCache | None:
+    if not settings.ram_mb and not settings.disk_mb:
+        return None
+    if frozen_border(retriever.backbone, is_visual=True) is None:
+        raise RecipeError(
+            f"features has {settings.ram_mb:g} MiB of memory and {settings.disk_mb:g} of disk, but "
+            "no layer at the bottom of the model is frozen, so there is nothing to keep; set both "
+            "to 0, or freeze the vision tower"
+        )
+    return FeatureCache(settings, folder)

@@ -1,5 +1,6 @@
 """The gradient of a batch is the same however it is cut into chunks and whatever is kept."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -13,6 +14,7 @@ from colfolio.data.video import Clip
 from colfolio.errors import RecipeError
 from colfolio.maxsim import maxsim
 from colfolio.models.checkpoint import cast_parameters
+from colfolio.training import graph_budget
 from colfolio.training.dropout import RowDropouts
 from colfolio.training.exact_batch import ExactBatch, MemorySettings
 from colfolio.training.feature_cache import FeatureCache, FeatureCacheSettings
@@ -266,6 +268,60 @@ def test_a_chunk_over_the_budget_is_refused_with_the_numbers(retriever, batch):
         RecipeError, match=r"tokens of documents holds \d.* MiB.*is 0.5.*chunk_tokens"
     ):
         exactly(retriever, batch, None, 0.5)
+
+
+def test_a_side_in_which_nothing_trains_runs_once(retriever, batch, count_runs):
+    freeze(retriever, ["language_model"])
+    retriever.projection.requires_grad_(False)
+    exactly(retriever, batch, ONE)
+    assert count_runs() == (0, 15)
+
+
+@pytest.mark.parametrize(("chunk_tokens", "activation_mb"), [(ONE, 1.4), (60, None), (None, None)])
+def test_in_half_precision_every_chunk_gives_every_weight_its_gradient(
+    retriever, batch, chunk_tokens, activation_mb
+):
+    """All graphs share one copy of each weight, which autocast makes where a gradient is wanted."""
+    _, exact = plainly(retriever, batch)
+    total = torch.stack([gradient.norm() for gradient in exact.values()]).norm()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, plain = plainly(retriever, batch)
+    _, mine = exactly(retriever, batch, chunk_tokens, activation_mb, precision="bf16")
+    error = max((plain[name] - exact[name]).norm() for name in exact)
+    for name, gradient in exact.items():
+        assert (mine[name] - gradient).norm() <= 1.5 * error, name
+        assert mine[name].norm() > 0 or gradient.norm() < 1e-6 * total, name
+
+
+def test_graphs_in_half_precision_share_their_copies_of_weights(retriever, batch):
+    copies, hooks = {}, torch.autograd.graph.saved_tensors_hooks
+
+    def keep(tensor):
+        if graph_budget._is_cast_weight(tensor):
+            copies.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage())
+        return tensor
+
+    def count(chunk_tokens):
+        copies.clear()
+        with hooks(keep, lambda tensor: tensor):
+            exactly(retriever, batch, chunk_tokens, precision="bf16")
+        return len(copies)
+
+    assert count(ONE) == count(None) > 20
+
+
+def test_a_frozen_layer_that_is_replaced_serves_no_old_features(retriever, batch):
+    cast_parameters(retriever, torch.float64)
+    freeze(retriever, ["visual"])
+    cache = FeatureCache(FeatureCacheSettings(ram_mb=50.0), folder=None)
+    exact = ExactBatch(retriever, MemorySettings(), cache=cache)
+    exact.backward(with_digests(batch), loss_of(batch), 0)
+    blocks = retriever.backbone.visual.blocks
+    blocks[0] = copy.deepcopy(blocks[1])
+    _, expected = plainly(retriever, batch)
+    retriever.zero_grad()
+    exact.backward(with_digests(batch), loss_of(batch), 0)
+    assert_close(gradients(retriever), expected, 1e-12)
 
 
 @pytest.fixture

@@ -164,8 +164,11 @@ def _kept(
         kept = []
         for chunk in chunks:
             to_come -= chunk.tokens
-            if budget.has_room(chunk.side, chunk.tokens, to_come):
+            held, is_kept = None, budget.has_room(chunk.side, chunk.tokens, to_come)
+            if is_kept:
                 held = Held(chunk.memory.held)
-                if budget.keep(chunk.side, chunk.tokens, to_come, held):
-                    kept.append(chunk)
+                budget.check(chunk.side, chunk.tokens, held)
+                is_kept = budget.fits(held, to_come)
+            budget.count(chunk.side, chunk.tokens, held, is_kept=is_kept)
+            kept += [chunk] * is_kept
     return kept, [chunk for chunk in chunks if not any(chunk is each for each in kept)]

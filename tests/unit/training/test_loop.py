@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from colfolio.data.dataset import load_dataset
-from colfolio.errors import DatasetError
+from colfolio.errors import DatasetError, RecipeError
 from colfolio.training import loop, start_training, train
 from colfolio.training.exact_batch import MemorySettings
 from colfolio.training.feature_cache import FeatureCacheSettings
@@ -214,7 +214,6 @@ def test_distillation_without_a_teacher_is_refused_before_the_first_step(
         {"memory": MemorySettings(chunk_tokens=50, activation_mb=8.0)},
         {"attention": "eager"},
         {"gradient_checkpointing": 2},
-        {"features": FeatureCacheSettings(ram_mb=10.0)},
     ],
     ids=lambda changed: next(iter(changed)),
 )
@@ -228,3 +227,25 @@ def test_what_a_step_costs_never_changes_what_it_does(trained, settings, changed
     for mine, expected in zip(reports[:3], plain[:3], strict=True):
         assert mine.loss == pytest.approx(expected.loss, rel=1e-3)
         assert mine.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-3)
+
+
+def test_a_cache_for_what_frozen_layers_make_is_refused_where_none_is_frozen(retriever, settings):
+    changed = settings.model_copy(update={"features": FeatureCacheSettings(ram_mb=10.0)})
+    with pytest.raises(RecipeError, match=r"10 MiB.*frozen"):
+        start_training(retriever, changed)
+
+
+def test_frozen_features_are_kept_across_epochs_and_change_nothing(
+    make_retriever, settings, shapes
+):
+    reports = []
+    for ram_mb in (0.0, 10.0):
+        retriever = make_retriever()
+        retriever.backbone.visual.requires_grad_(False)
+        features = FeatureCacheSettings(ram_mb=ram_mb)
+        changed = settings.model_copy(update={"features": features, "steps": 12})
+        state = start_training(retriever, changed)
+        reports.append([(r.loss, r.gradient_norm) for r in train(state, shapes)])
+    assert state.exact.cache.hits > 24
+    for mine, expected in zip(*reports, strict=True):
+        assert mine == pytest.approx(expected, rel=1e-3)
