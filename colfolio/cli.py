@@ -109,10 +109,15 @@ def init(
 
 @app.command()
 def train(
-    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="YAML recipe; none with --resume.", show_default=False)
+    ] = None,
     overrides: Overrides = None,
     *,
-    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Run folder to go on with; settings may change that cost no gradient."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU if unset.")] = None,
     ranks: Annotated[
         int | None, typer.Option(help="Processes on this host; one a GPU if unset.", min=1)
@@ -121,13 +126,15 @@ def train(
     """Train from a recipe, or go on with a run; on every GPU of the host."""
     from colfolio.commands.train import resume_command, train_command
 
-    if (recipe is None) == (resume is None):
-        raise typer.BadParameter("give a recipe, or --resume with a run folder")
     if resume is not None:
-        code = resume_command(resume, device=device, ranks=ranks)
+        settings = [recipe, *(overrides or [])] if recipe else []
+        if not all("=" in setting for setting in settings):
+            raise typer.BadParameter("with --resume, give settings alone: the run has its recipe")
+        code = resume_command(resume, settings, device=device, ranks=ranks)
+    elif recipe is not None:
+        code = train_command(Path(recipe), overrides or [], device=device, ranks=ranks)
     else:
-        assert recipe is not None
-        code = train_command(recipe, overrides or [], device=device, ranks=ranks)
+        raise typer.BadParameter("give a recipe, or --resume with a run folder")
     if code:
         raise typer.Exit(code)
 

@@ -94,7 +94,11 @@ def _faults(error: ValidationError) -> str:
         if fault["type"] == "extra_forbidden":
             faults.append(f"unknown key {key!r}")
         else:
-            faults.append(f"{key}: {fault['msg']}")
+            message = fault["msg"].removeprefix("Value error, ")
+            received = fault["input"]
+            # of a mapping the key says enough
+            is_plain = received is None or isinstance(received, str | int | float | list)
+            faults.append(f"{key}: {message}{f', not {received!r}' if is_plain else ''}")
     return "; ".join(faults)
 
 

@@ -14,12 +14,16 @@ from colfolio.training import StepReport
 
 _SMOOTH = 50
 _FLOOR_SHOWN = 0.001
+_BAR, _GAP = 12, 2
+# what a narrow terminal goes without, the first of them first; "" is the bar
+_GIVEN_UP = ("", "rows/s", "masked", "first", "floor", "candidates", "evaluated", "left", "margin")
 
 
 class LiveTraining:
     """Loss beside its chance level and floor, margin, candidates, nDCG, pace and time left.
 
-    What says nothing is left out: a floor of nearly 0, skipped steps where there are none.
+    What says nothing is left out: a floor of nearly 0, skipped steps where there are none. A narrow
+    terminal shows fewer numbers, but those whole.
 
     Args:
         console: where to draw; if it is no terminal, a plain line is printed every `plain_every`.
@@ -59,7 +63,7 @@ class LiveTraining:
         if self._console.is_terminal:
             self._live.update(self._table(report), refresh=report.step % 5 == 0)
         elif report.step % self._plain_every == 0 or report.step == self._steps:
-            self._console.print(self._line(report))
+            self._console.print(self._line(report), soft_wrap=True)
 
     def evaluation(self, step: int, value: float) -> None:
         """Show an evaluation."""
@@ -70,40 +74,48 @@ class LiveTraining:
             self._console.print(f"step {step}: validation {self._metric} {value:.3f}")
 
     def _table(self, report: StepReport) -> Table:
-        table = Table(box=None, padding=(0, 2, 0, 0))
+        floor = f"{report.floor:.3f}" if report.floor >= _FLOOR_SHOWN else ""
         cells = {
             "step": f"{report.step}/{self._steps}",
             "loss": f"{self._mean('loss'):.3f}",
             "chance": f"{report.chance:.3f}",
-            "floor": f"{report.floor:.3f}" if report.floor >= _FLOOR_SHOWN else "",
+            "floor": floor,
             "margin": f"{self._mean('margin'):+.2f}",
             "first": f"{self._mean('accuracy'):.0%}",
             "candidates": f"{self._mean('candidates'):.0f}",
             "masked": f"{self._mean('masked'):.1f}" if self._mean("masked") else "",
-            f"val {self._metric}": f"{self._evaluated[-1][1]:.3f}" if self._evaluated else "–",
+            "evaluated": f"{self._evaluated[-1][1]:.3f}" if self._evaluated else "–",
             "rows/s": f"{self._rows_per_second():.0f}",
             "left": _clock(self._seconds_left(report.step)),
             "skipped": f"{self._skipped}" if self._skipped else "",
         }
-        shown = {name: cell for name, cell in cells.items() if cell}
-        table.add_column("")
+        headings = dict(zip(cells, cells, strict=True)) | {"evaluated": f"val {self._metric}"}
+        widths = {
+            name: max(len(headings[name]), len(cell)) + _GAP for name, cell in cells.items() if cell
+        }
+        shown = _fitting({"": _BAR + _GAP} | widths, self._console.width + _GAP)
+        table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False)
         for name in shown:
-            table.add_column(name, justify="right")
-        bar = ProgressBar(total=self._steps, completed=report.step, width=16)
-        table.add_row(bar, *shown.values())
+            table.add_column(headings.get(name, ""), justify="right", no_wrap=True)
+        bar = ProgressBar(total=self._steps, completed=report.step, width=_BAR)
+        table.add_row(*(cells[name] if name else bar for name in shown))
         return table
 
     def _line(self, report: StepReport) -> str:
-        floor = f", floor {report.floor:.3f}" if report.floor >= _FLOOR_SHOWN else ""
-        masked = f" ({self._mean('masked'):.1f} masked)" if self._mean("masked") else ""
-        skipped = f", {self._skipped} skipped: gradients overflowed" if self._skipped else ""
-        return (
-            f"step {report.step}/{self._steps}: loss {self._mean('loss'):.3f} "
-            f"(chance {report.chance:.3f}{floor}), margin {self._mean('margin'):+.2f}, "
-            f"{self._mean('candidates'):.0f} candidates{masked}, "
-            f"{self._rows_per_second():.0f} rows/s, {_clock(self._seconds_left(report.step))} left"
-            f"{skipped}"
-        )
+        parts = {
+            "loss": f"loss {self._mean('loss'):.3f} (chance {report.chance:.3f})",
+            "floor": f"floor {report.floor:.3f}" if report.floor >= _FLOOR_SHOWN else "",
+            "margin": f"margin {self._mean('margin'):+.2f}",
+            "candidates": f"{self._mean('candidates'):.0f} candidates",
+            "masked": f"{self._mean('masked'):.1f} masked" if self._mean("masked") else "",
+            "rows/s": f"{self._rows_per_second():.0f} rows/s",
+            "left": f"{_clock(self._seconds_left(report.step))} left",
+            "skipped": f"{self._skipped} skipped (overflow)" if self._skipped else "",
+        }
+        begin = f"step {report.step}/{self._steps}: "
+        widths = {name: len(part) + _GAP for name, part in parts.items() if part}
+        shown = _fitting(widths, self._console.width + _GAP - len(begin))
+        return begin + ", ".join(parts[name] for name in shown)
 
     def _mean(self, name: str) -> float:
         return sum(getattr(report, name) for report in self._recent) / len(self._recent)
@@ -114,6 +126,15 @@ class LiveTraining:
 
     def _seconds_left(self, step: int) -> float:
         return self._mean("seconds") * (self._steps - step)
+
+
+def _fitting(widths: dict[str, int], width: int) -> list[str]:
+    """The names of parts that stand beside each other in a width, without those named first."""
+    shown = dict(widths)
+    for name in _GIVEN_UP:
+        if sum(shown.values()) > width:
+            shown.pop(name, None)
+    return list(shown)
 
 
 def _clock(seconds: float) -> str:

@@ -17,8 +17,8 @@ from colfolio.commands.console import console
 from colfolio.data.pages.images import load_image
 from colfolio.data.video import Clip, load_clip
 from colfolio.errors import ColfolioError
-from colfolio.models.checkpoint import local_folder
 from colfolio.models.contract import CONTRACT_FILE
+from colfolio.models.hub import local_folder
 from colfolio.models.retriever import Retriever
 from colfolio.models.shell import Shell, shell_of
 from colfolio.mrope import IMAGE, SCHEMES, VIDEO, Qwen2VL, Watch, watch

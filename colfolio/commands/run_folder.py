@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pydantic import Field
 
 from colfolio.config import Settings, load_settings, to_yaml
 from colfolio.errors import CheckpointError, RecipeError
-from colfolio.training import TrainSettings
+from colfolio.training import FREE_SETTINGS, TrainSettings
 
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "log.jsonl"
@@ -105,9 +106,13 @@ class RunFolder:
         """
         self.check_free()
         self.path.mkdir(parents=True, exist_ok=True)
+        self.keep(recipe)
+
+    def keep(self, recipe: TrainRecipe) -> None:
+        """Write the recipe that the run goes on with."""
         aside = self.path / f".{RECIPE_FILE}"
         aside.write_text(to_yaml(recipe), encoding="utf-8")
-        aside.rename(self.path / RECIPE_FILE)
+        aside.replace(self.path / RECIPE_FILE)
 
     def rewind(self, step: int) -> None:
         """Leave in the log what was written up to a step; a line cut short by a kill goes too.
@@ -131,12 +136,35 @@ class RunFolder:
         aside.write_text("".join(kept), encoding="utf-8")
         aside.replace(self.log)
 
+    def last(self, kind: str) -> dict[str, Any] | None:
+        """The last line of a kind in the log, which `rewind` has left whole."""
+        if not self.log.exists():
+            return None
+        rows = map(json.loads, self.log.read_text(encoding="utf-8").splitlines())
+        return next((row for row in reversed(list(rows)) if row["kind"] == kind), None)
+
     def append(self, kind: str, values: dict[str, Any]) -> None:
         """Write one line of the log; it is on its way to the disk when this returns."""
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind} | values) + "\n")
 
 
-def recipe_of(run: Path) -> TrainRecipe:
-    """The recipe that a run folder was made with."""
-    return load_settings(run / RECIPE_FILE, TrainRecipe)
+def recipe_of(run: Path, overrides: Sequence[str] = ()) -> TrainRecipe:
+    """The recipe that a run folder was made with, to go on with.
+
+    Args:
+        overrides: `key=value`, of settings that change no gradient.
+
+    Raises:
+        RecipeError: of other settings, or a value does not fit.
+    """
+    recipe = load_settings(run / RECIPE_FILE, TrainRecipe, overrides)
+    free = [f"train.{name}" for name in FREE_SETTINGS]
+    for override in overrides:
+        key = override.partition("=")[0]
+        if ".".join(key.split(".")[:2]) not in free:
+            raise RecipeError(
+                f"{key} cannot be changed while a run goes on: only what changes no gradient can, "
+                f"which is {', '.join(free)}; start a new run"
+            )
+    return recipe

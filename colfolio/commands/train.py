@@ -1,19 +1,23 @@
 """`colfolio train`: a recipe to a run folder; or a run folder that goes on where it stopped.
 
-In several ranks every one runs what stands here; the main one alone shows and writes.
+In several ranks every one runs what stands here; the main one alone shows and writes. An error that
+all ranks have is told by the main one. One that a rank has alone it tells with its number and ends,
+exchanging nothing more; whoever waited for it says that another rank has stopped.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from colfolio.commands.console import console
 from colfolio.commands.live import LiveTraining
@@ -22,7 +26,7 @@ from colfolio.commands.run_folder import RunFolder, TrainRecipe, recipe_of
 from colfolio.config import load_settings
 from colfolio.data.dataset import RetrievalDataset, load_dataset
 from colfolio.diagnosis import Ledger, check_reachable, ledger_lines, make_ledger
-from colfolio.distributed import World, join_world, launch
+from colfolio.distributed import SharedError, World, join_world, launch
 from colfolio.errors import ColfolioError
 from colfolio.evaluation import quick_metrics
 from colfolio.models.precision import autocast
@@ -37,8 +41,11 @@ from colfolio.training import (
     start_training,
     train,
 )
+from colfolio.training.feature_cache import FeatureCache
 
 _METRIC = "ndcg@5"
+# what gloo says when a rank that it talks to is gone
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 def train_command(
@@ -68,28 +75,40 @@ def train_command(
     check_reachable(recipe.train, count)
     if count > 1:
         return launch(["train", str(recipe_path), *overrides, *_device_option(device)], count)
-    with join_world(device) as world:
+    with join_world(device) as world, _told_once(world):
         _train(recipe, run, world, device)
     return 0
 
 
-def resume_command(run_path: Path, *, device: str | None = None, ranks: int | None = None) -> int:
+def resume_command(
+    run_path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    device: str | None = None,
+    ranks: int | None = None,
+) -> int:
     """Go on with a run from its newest checkpoint, or from its base if it has none.
 
     The number of ranks may be another than before.
+
+    Args:
+        overrides: of settings that change no gradient, `train.memory` among them; the run keeps
+            them.
 
     Returns:
         The exit code, as of `train_command`.
 
     Raises:
-        ColfolioError: the folder holds no run, or its checkpoint or data are not the same any more.
+        ColfolioError: the folder holds no run, or its checkpoint or data are not the same any more,
+            or another setting was to be changed.
     """
-    recipe, run = recipe_of(run_path), RunFolder(run_path)
+    recipe, run = recipe_of(run_path, overrides), RunFolder(run_path)
     count = ranks_to_start(ranks, device)
     check_reachable(recipe.train, count)
     if count > 1:
-        return launch(["train", "--resume", str(run_path), *_device_option(device)], count)
-    with join_world(device) as world:
+        options = ["--resume", str(run_path), *_device_option(device)]
+        return launch(["train", *overrides, *options], count)
+    with join_world(device) as world, _told_once(world):
         _resume(recipe, run, world, device)
     return 0
 
@@ -98,14 +117,42 @@ def _device_option(device: str | None) -> list[str]:
     return [] if device is None else ["--device", device]
 
 
+@contextmanager
+def _told_once(world: World) -> Iterator[None]:
+    """Let one rank tell an error that all have, and each its own by its number."""
+    try:
+        yield
+    except SharedError:
+        if world.is_main:
+            raise
+        raise SystemExit(1) from None
+    except FloatingPointError:  # of the loss and gradient of all, which are the same on each
+        if world.is_main:
+            raise
+        raise SystemExit(1) from None
+    except ColfolioError as error:
+        if world.size == 1:
+            raise
+        raise ColfolioError(f"rank {world.rank}: {error}") from error
+    except RuntimeError as error:
+        if world.size == 1 or not _is_lost_connection(error):
+            raise
+        raise ColfolioError(f"rank {world.rank}: another rank has stopped") from error
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether gloo or NCCL says so; gloo has no class of its own."""
+    is_of_nccl = isinstance(error, dist.DistError)
+    said = str(error)
+    return any(words in said for words in _LOST) or (is_of_nccl and "remote process" in said)
+
+
 def _train(recipe: TrainRecipe, run: RunFolder, world: World, device: str | None) -> None:
-    check_reachable(recipe.train, world.size)
-    splits = _splits(recipe, world)
-    retriever = Retriever.from_pretrained(recipe.model, device=device)
-    state = start_training(retriever, recipe.train, world, run.features)
-    reports = train(state, splits.train)  # refuses what cannot be trained before a folder is made
-    ledger = _ledger(state, splits.train)
-    world.barrier()  # all have seen that the folder is free
+    state, splits = _begin(recipe, run, world, device)
+    with world.together():
+        reports = train(state, splits.train)  # refuses before a folder is made
+        ledger = _ledger(state, splits.train)
+        run.check_free()
     if world.is_main:
         run.begin(recipe)
         run.append("ledger", {"step": 0} | asdict(ledger))
@@ -116,21 +163,49 @@ def _train(recipe: TrainRecipe, run: RunFolder, world: World, device: str | None
 
 
 def _resume(recipe: TrainRecipe, run: RunFolder, world: World, device: str | None) -> None:
-    check_reachable(recipe.train, world.size)
-    splits = _splits(recipe, world)
     newest = newest_checkpoint(run.checkpoints)
-    if newest is None:
-        retriever = Retriever.from_pretrained(recipe.model, device=device)
-        state = start_training(retriever, recipe.train, world, run.features)
-    else:
-        fingerprint = splits.train.fingerprint
-        state = load_checkpoint(newest, recipe.train, fingerprint, device, world, run.features)
-    ledger = _ledger(state, splits.train)
+    world.same_everywhere(newest and newest.name, "newest checkpoint")
+    state, splits = _begin(recipe, run, world, device, newest)
+    is_done = state.step >= recipe.train.steps
+    with world.together():
+        ledger = None if is_done else _ledger(state, splits.train)
     if world.is_main:
+        run.keep(recipe)
         run.rewind(state.step)
         _say(f"{run.path}: goes on after step {state.step} of {recipe.train.steps}")
-        _say_ledger(ledger)
+        if ledger:
+            _log_ledger(run, state.step, ledger)
+            _say_ledger(ledger)
     _run(train(state, splits.train), state, splits, recipe, run)
+
+
+def _begin(
+    recipe: TrainRecipe,
+    run: RunFolder,
+    world: World,
+    device: str | None,
+    checkpoint: Path | None = None,
+) -> tuple[TrainingState, _Splits]:
+    """The state to go on from, of the base if there is no checkpoint; the same on all ranks."""
+    world.same_everywhere(recipe.model_dump(), "recipe")
+    with world.together():
+        check_reachable(recipe.train, world.size)
+        splits = _splits(recipe)
+    fingerprint = splits.train.fingerprint
+    world.same_everywhere(fingerprint, "training split")
+    if checkpoint is not None:
+        settings = recipe.train
+        state = load_checkpoint(checkpoint, settings, fingerprint, device, world, run.features)
+    else:
+        with world.together():
+            retriever = Retriever.from_pretrained(recipe.model, device=device)
+        if world.size > 1:
+            world.same_everywhere(retriever.fingerprint(), "base")
+        with world.together():
+            state = start_training(retriever, recipe.train, world, run.features)
+    settled = {"precision": state.settings.precision, "attention": state.kernel}
+    world.same_everywhere(settled, "precision and attention")
+    return state, splits
 
 
 def _anchored(recipe: TrainRecipe) -> TrainRecipe:
@@ -148,11 +223,9 @@ class _Splits(NamedTuple):
     validation: RetrievalDataset | None
 
 
-def _splits(recipe: TrainRecipe, world: World) -> _Splits:
+def _splits(recipe: TrainRecipe) -> _Splits:
     train_split = load_dataset(recipe.dataset, recipe.split)
     held_out = recipe.validation.split
-    world.same_everywhere(recipe.model_dump(), "recipe")
-    world.same_everywhere(train_split.fingerprint, "training split")
     return _Splits(train_split, load_dataset(recipe.dataset, held_out) if held_out else None)
 
 
@@ -164,40 +237,68 @@ def _run(
     run: RunFolder,
 ) -> None:
     """Consume the steps: show, log, evaluate and save; also when Ctrl-C or an error ends them."""
-    fingerprint, keep = splits.train.fingerprint, recipe.checkpoint.keep
+    save = partial(
+        save_checkpoint, state, run.checkpoints, splits.train.fingerprint, recipe.checkpoint.keep
+    )
     shown = LiveTraining(console(), recipe.train.steps) if state.world.is_main else None
-    with shown or nullcontext() as live, _stop_after_step() as asked:
-        try:
-            for report in reports:
-                if live:
-                    run.append("step", asdict(report))
-                    live.step(report)
-                is_last = report.step == recipe.train.steps
-                if splits.validation and (is_last or report.step % recipe.validation.every == 0):
-                    _validate(state, splits.validation, run, live)
-                stop = any(state.world.gather_counts(len(asked)))
-                if stop or is_last or report.step % recipe.checkpoint.every == 0:
-                    save_checkpoint(state, run.checkpoints, fingerprint, keep)
-                if stop:
-                    _say_stopped(state, report, run)
-                    raise KeyboardInterrupt
-        except torch.OutOfMemoryError as error:
-            raise ColfolioError(_no_memory(recipe, error)) from None
-        except ColfolioError:
-            if not state.is_sharded:  # else all ranks would have to be here
-                save_checkpoint(state, run.checkpoints, fingerprint, keep)
-            raise
+    has_fault = False
+    with (
+        shown or nullcontext() as live,
+        _stop_after_step() as asked,
+        _full_memory_told(recipe, run),
+        _saved(state, save),
+    ):
+        for report in reports:
+            if live:
+                run.append("step", asdict(report))
+                live.step(report)
+                has_fault = has_fault or _say_fault(state.exact.cache)
+            is_last = report.step == recipe.train.steps
+            if splits.validation and (is_last or report.step % recipe.validation.every == 0):
+                _validate(state, splits.validation, run, live)
+            stop = any(state.world.gather_counts(len(asked)))
+            if stop or is_last or report.step % recipe.checkpoint.every == 0:
+                save()
+            if stop:
+                _say_stopped(state, report, run)
+                raise KeyboardInterrupt
     save_model(state, run.model)
     if live:
+        _say_cache(state.exact.cache)
         _say(f"{run.model}: trained for {recipe.train.steps} steps")
 
 
-def _no_memory(recipe: TrainRecipe, error: torch.OutOfMemoryError) -> str:
+@contextmanager
+def _saved(state: TrainingState, save: Callable[..., Path]) -> Iterator[None]:
+    """Save what was trained before an error ended it."""
+    try:
+        yield
+    except SharedError:
+        save()
+        raise
+    except ColfolioError:
+        # the others may wait for this rank where they are, or be gone
+        if state.world.is_main and not state.is_sharded:
+            save(is_alone=True)
+        raise
+
+
+@contextmanager
+def _full_memory_told(recipe: TrainRecipe, run: RunFolder) -> Iterator[None]:
+    """Say what to do where the device is too small; nothing is saved: a step may be half done."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ColfolioError(_no_memory(recipe, run, error)) from None
+
+
+def _no_memory(recipe: TrainRecipe, run: RunFolder, error: torch.OutOfMemoryError) -> str:
     memory = recipe.train.memory
     return (
         f"the device's memory is full, with chunk_tokens {memory.chunk_tokens} and activation_mb "
         f"{memory.activation_mb} ({str(error).splitlines()[0]}); set train.memory.chunk_tokens "
-        "lower, which changes no gradient: colfolio plan says what fits"
+        "lower, which changes no gradient; colfolio plan says what fits. Go on with: "
+        f"colfolio train --resume {run.path} train.memory.chunk_tokens=…"
     )
 
 
@@ -225,9 +326,35 @@ def _ledger(state: TrainingState, dataset: RetrievalDataset) -> Ledger:
     )
 
 
+def _log_ledger(run: RunFolder, step: int, ledger: Ledger) -> None:
+    """Note the ledger of a run that goes on in other ranks or with other arithmetic.
+
+    What else it says is counted in other batches than before, and no more news than they are.
+    """
+    row = asdict(ledger)
+    last = run.last("ledger") or {}
+    if any(row[name] != last.get(name) for name in ("ranks", "computed_with")):
+        run.append("ledger", {"step": step} | row)
+
+
 def _say_ledger(ledger: Ledger) -> None:
     for line in ledger_lines(ledger):
         _say(line)
+
+
+def _say_cache(cache: FeatureCache | None) -> None:
+    """What keeping the output of frozen layers came to."""
+    if cache is not None:
+        _say(f"features    {cache.entries} kept, read {cache.hits} times")
+        _say_fault(cache)
+
+
+def _say_fault(cache: FeatureCache | None) -> bool:
+    """Say why features are no longer kept on disk, if so; returns whether."""
+    fault = cache and cache.disk_fault
+    if fault:
+        _say(f"features    {fault}")
+    return bool(fault)
 
 
 def _say_stopped(state: TrainingState, report: StepReport, run: RunFolder) -> None:

@@ -32,12 +32,19 @@ _MOST_NAMED = 5
 class DrawnBatch:
     """A rank's share of a batch, and where the sampler stands behind it.
 
-    `hashes` are of the share's documents, if copies are ignored.
+    Args:
+        hashes: of the share's documents, if copies are ignored.
+        picked: the row of the corpus that each query of the share was to bring as its answer.
+        lost: row -> reason, of the share's images that could not be read.
+        num_tried: images that all ranks together have tried to read so far.
     """
 
     batch: ContrastiveBatch
     after: SamplerPosition
     hashes: Hashes | None
+    picked: list[int]
+    lost: dict[int, str]
+    num_tried: int
 
 
 class BatchSource:
@@ -53,7 +60,7 @@ class BatchSource:
         with_digests: of the documents' pixels, under which frozen features are kept.
 
     Attributes:
-        unreadable: corpus id -> reason, of images that could not be decoded so far; a query whose
+        unreadable: corpus id -> reason, of images that no rank could decode so far; a query whose
             positive is one of them is left out of its batch.
 
     Raises:
@@ -87,35 +94,54 @@ class BatchSource:
         """This rank's share of each batch from a position on; its masks are of the share alone.
 
         Raises:
-            DatasetError: two images or more, and over 1 % of those tried, cannot be decoded, or
-                none of a batch can.
+            DatasetError: in a world of one, as `of_all_ranks` does.
         """
         for picks in self._picker.picks(position):
             yield self._collate(picks)
 
     def of_all_ranks(self, drawn: DrawnBatch) -> ContrastiveBatch:
-        """A share with the masks of the whole batch; every rank has to ask at the same time."""
-        share, world = drawn.batch, self._world
+        """A share with the masks of the whole batch; every rank has to ask at the same time.
+
+        Raises:
+            DatasetError: on all ranks, if two images or more, and over 1 % of those that any has
+                tried, cannot be decoded, or none that a query of the batch wants.
+        """
+        world = self._world
         if world.size == 1:
-            return share
-        hashes = drawn.hashes
+            return drawn.batch
+        share, hashes = self._without_lost(drawn), drawn.hashes
         if hashes is not None:
             words = world.gather_rows(torch.from_numpy(hashes.words.view(np.int64)), "own")
             lengths = world.gather_rows(torch.from_numpy(hashes.lengths), "own")
             hashes = Hashes(words.numpy().view(np.uint64), lengths.numpy())
         queries = world.gather_rows(share.query_ids, "own").tolist()
         documents = world.gather_rows(share.document_ids, "own").tolist()
+        if not queries:
+            raise self._unreadable_error(drawn.num_tried)
         positives, ignored, teacher = self._relations(queries, documents, hashes)
         return replace(share, positives=positives, ignored=ignored, teacher=teacher)
 
+    def _without_lost(self, drawn: DrawnBatch) -> ContrastiveBatch:
+        """A share without the queries whose positive another rank was to read, and could not."""
+        share, world = drawn.batch, self._world
+        if not any(world.gather_counts(len(drawn.lost))):
+            return share
+        lost = {row: why for each in world.gather_objects(drawn.lost) for row, why in each.items()}
+        self._remember(lost, drawn.num_tried)
+        kept = [place for place, row in enumerate(drawn.picked) if row not in lost]
+        queries = share.queries.select(kept) if kept else share.queries.rows(0, 0)
+        return replace(share, queries=queries, query_ids=share.query_ids[kept])
+
     def _collate(self, picks: Picks) -> DrawnBatch:
         share = self._share(picks)
-        images = self._images(share.documents)
-        # a query whose positive this rank was to read, and could not, is left out
-        lost = set(share.documents) - set(images)
+        # every rank knows what the others try
+        self._tried.update(picks.documents)
+        images, lost = self._images(share.documents)
         kept = [place for place, row in enumerate(share.picked) if row not in lost]
-        if not kept and self._world.size == 1:
-            raise self._unreadable_error()
+        if self._world.size == 1:
+            self._remember(lost, len(self._tried))
+            if not kept:
+                raise self._unreadable_error(len(self._tried))
         lengths = self._collator.query_lengths(share.texts)
         kept.sort(key=lambda place: (lengths[place], place))
         queries = [share.queries[place] for place in kept]
@@ -132,7 +158,8 @@ class BatchSource:
             self._digests(images, documents),
             teacher,
         )
-        return DrawnBatch(batch, picks.after, hashes)
+        picked = [share.picked[place] for place in kept]
+        return DrawnBatch(batch, picks.after, hashes, picked, lost, len(self._tried))
 
     def _share(self, picks: Picks) -> _Share:
         """This rank's part of a batch that was drawn for all."""
@@ -156,24 +183,29 @@ class BatchSource:
             [row for row, rank in owners.items() if rank == self._world.rank],
         )
 
-    def _images(self, rows: list[int]) -> dict[int, UInt8[np.ndarray, "_H _W 3"]]:
-        """The decoded images of rows; what cannot be decoded is left out and remembered."""
-        corpus, images = self._dataset.corpus, {}
+    def _images(
+        self, rows: list[int]
+    ) -> tuple[dict[int, UInt8[np.ndarray, "_H _W 3"]], dict[int, str]]:
+        """The decoded images of rows, and why the others cannot be decoded."""
+        images, lost = {}, {}
         for row in rows:
-            self._tried.add(row)
             try:
-                images[row] = corpus.image(row)
+                images[row] = self._dataset.corpus.image(row)
             except DocumentError as error:
-                self.unreadable[corpus.ids[row]] = error.reason
-        if len(self.unreadable) > max(1, _MAX_UNREADABLE * len(self._tried)):
-            raise self._unreadable_error()
-        return images
+                lost[row] = error.reason
+        return images, lost
 
-    def _unreadable_error(self) -> DatasetError:
+    def _remember(self, lost: dict[int, str], num_tried: int) -> None:
+        for row, reason in lost.items():
+            self.unreadable[self._dataset.corpus.ids[row]] = reason
+        if len(self.unreadable) > max(1, _MAX_UNREADABLE * num_tried):
+            raise self._unreadable_error(num_tried)
+
+    def _unreadable_error(self, num_tried: int) -> DatasetError:
         named = list(self.unreadable.items())[:_MOST_NAMED]
         return DatasetError(
             f"{self._dataset.name}, split {self._dataset.split!r}: {len(self.unreadable)} of "
-            f"{len(self._tried)} images cannot be read; repair or remove them: "
+            f"{num_tried} images cannot be read; repair or remove them: "
             + "; ".join(f"{id_!r}: {reason}" for id_, reason in named)
         )
 

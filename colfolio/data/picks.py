@@ -28,9 +28,11 @@ class BatchSettings(Settings):
         rows: queries in a batch, each with one of its positive documents, and some of its judged
             negatives where it has any.
         hard_negatives: how many of its judged negatives each query brings along, at most; for
-            distillation also of other documents that the teacher scored.
-        candidates: distinct documents that every query is to be compared with; more than `rows` and
-            `hard_negatives` can bring is refused. None asks for no number.
+            distillation first of other documents that the teacher scored.
+        candidates: distinct documents that the median query of a run's first batches is compared
+            with at least, its answer among them; a run that gives it fewer is refused. Half of the
+            queries may get fewer, and copies that are found as images are read still go off. None
+            asks for no number.
         ignore: documents of the same `page` or `document` as a query's positive are not counted
             as its negatives, unless they are judged to be; `none` counts them.
         ignore_copies: nor are images that are its positive again: `exact` to the pixel, or `near`,
@@ -104,7 +106,7 @@ class Picker:
         self._texts = [query.text for query in dataset.queries]
         self._weights = _weights(dataset, settings.kind_weights)
         check_enough(self._weights, settings.rows)
-        self.relations = Relations(dataset, settings.ignore)
+        self.relations = Relations(dataset, settings.ignore, teacher)
 
     def picks(self, position: SamplerPosition) -> Iterator[Picks]:
         """Batch after batch from a position on."""
@@ -126,12 +128,18 @@ class Picker:
         return self._texts[query].lower() if is_time and is_lower else self._texts[query]
 
     def _hard_negatives(self, query: int, draw: Draw) -> list[int]:
-        refused = self.relations.refused[query]
-        if self._teacher is not None:
-            scored = np.union1d(refused, self._teacher.rows[query])
-            refused = np.setdiff1d(scored, self.relations.positives[query])
-        count = min(self._settings.hard_negatives, len(refused))
-        return draw.generator.choice(refused, count, replace=False).tolist() if count else []
+        wanted, refused = self._settings.hard_negatives, self.relations.refused[query]
+        if self._teacher is None:
+            return _some(refused, wanted, draw.generator)
+        scored = np.setdiff1d(self._teacher.rows[query], self.relations.answers[query])
+        first = _some(scored, wanted, draw.generator)
+        others = np.setdiff1d(refused, scored)
+        return first + _some(others, wanted - len(first), draw.generator)
+
+
+def _some(rows: np.ndarray, wanted: int, generator: np.random.Generator) -> list[int]:
+    count = min(wanted, len(rows))
+    return generator.choice(rows, count, replace=False).tolist() if count else []
 
 
 def _weights(dataset: RetrievalDataset, kind_weights: dict[str, float]) -> list[float]:

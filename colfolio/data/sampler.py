@@ -65,7 +65,8 @@ def check_enough(weights: Sequence[float], rows: int) -> None:
     queries = int(np.sum(weights))
     if queries < rows:
         raise DatasetError(
-            f"a batch of {rows} queries, but the training split has only {queries} an epoch"
+            f"a batch has {rows} queries, but the training split has only {queries} an epoch; set "
+            f"batch.rows to {queries} or less"
         )
 
 

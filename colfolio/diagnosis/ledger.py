@@ -44,11 +44,15 @@ class Ledger:
         hard_negatives: mean that a query brings.
         with_hard_negatives: share of the queries that bring any.
         twice: mean documents of a batch that were brought again by another query.
-        candidates: that a query is compared with, one answer among them.
-        wanted: as many as the recipe asks for, if it does.
+        sitting_out: share of the queries with nothing that they could be told from; what follows is
+            of the others.
+        candidates: that a query is compared with, one answer among them; fewer where copies are
+            found.
+        wanted: as many as the recipe asks for the median query, if it does.
         short_of_wanted: share of the queries that get fewer.
-        left_out: why a document of the batch is no candidate -> mean number for a query.
-        copies: which copies of an answer are left out too, once images are read.
+        left_out: why a document of the batch is no candidate -> mean number for a query; the mask
+            takes those of `ledger_counts.MASKED`.
+        copies: which copies of an answer are masked too, once images are read.
         loss: what is minimised.
         chance: mean of the least that the loss can be while all scores are equal.
         floor: mean of the least that it can be.
@@ -64,6 +68,7 @@ class Ledger:
     hard_negatives: float
     with_hard_negatives: float
     twice: float
+    sitting_out: float
     candidates: Range
     wanted: int | None
     short_of_wanted: float
@@ -89,14 +94,14 @@ def check_reachable(settings: TrainSettings, ranks: int) -> None:
     if rows < ranks:
         raise RecipeError(
             f"{ranks} ranks share the rows of a batch, but batch.rows is {rows}: "
-            f"{ranks - rows} of them would have none; set batch.rows to {ranks} or more, or train "
-            f"in {rows} with --ranks {rows}"
+            f"{ranks - rows} of the ranks would have none; set batch.rows to {ranks} or more, or "
+            f"train in {counted(rows, 'rank')} with --ranks {rows}"
         )
     if rows == 1 and hard == 0:
         always = "the loss info_nce is always 0" if loss.kind == "info_nce" else "nothing is learnt"
         raise RecipeError(
             f"batch.rows is 1 and batch.hard_negatives is 0: a query has its own document and "
-            f"nothing to tell it from, so that {always}; {_no_more(settings, ranks)}. Set "
+            f"nothing to tell it from, so that {always}{_no_more(settings, ranks)}. Set "
             "batch.rows to 2 or more"
         )
     if rows == 1 and loss.symmetric:
@@ -108,8 +113,8 @@ def check_reachable(settings: TrainSettings, ranks: int) -> None:
     reach = rows * (1 + hard)
     if batch.candidates and batch.candidates > reach:
         raise RecipeError(
-            f"batch.candidates is {batch.candidates}, but a batch brings at most {reach} documents:"
-            f" {rows} rows x (1 positive + {hard} hard negatives); {_no_more(settings, ranks)}. "
+            f"batch.candidates is {batch.candidates}, but a batch brings at most "
+            f"{counted(reach, 'document')}: {_brought(rows, hard)}{_no_more(settings, ranks)}. "
             f"Set batch.rows to {-(-batch.candidates // (1 + hard))} or more, or batch.candidates "
             f"to {reach} or less"
         )
@@ -137,8 +142,8 @@ def make_ledger(
         batches: to count; fewer where the run has fewer left.
 
     Raises:
-        RecipeError: most queries get fewer candidates than the recipe asks for, or the loss cannot
-            be below its chance level.
+        RecipeError: the median query gets fewer candidates than the recipe asks for, or the loss
+            cannot be below its chance level.
         DatasetError: training would refuse one of the batches, or the split has too few queries.
     """
     counter = BatchCounter(dataset, settings, query_lengths)
@@ -147,6 +152,7 @@ def make_ledger(
     wanted = settings.batch.candidates
     candidates = np.concatenate([each.candidates for each in counts])
     hard_negatives = np.concatenate([each.hard_negatives for each in counts])
+    sits_out = np.concatenate([each.sits_out for each in counts])
     rows = settings.batch.rows
     ledger = Ledger(
         batches=len(counts),
@@ -154,11 +160,12 @@ def make_ledger(
         rows=rows,
         rows_of_rank=(rows // ranks, -(-rows // ranks)),
         accumulation=settings.accumulation,
-        documents=_range([each.documents for each in counts]),
+        documents=_range_of([each.documents for each in counts]),
         hard_negatives=float(hard_negatives.mean()),
         with_hard_negatives=float((hard_negatives > 0).mean()),
         twice=float(np.mean([each.twice for each in counts])),
-        candidates=_range(candidates),
+        sitting_out=float(sits_out.mean()),
+        candidates=_range_of(candidates),
         wanted=wanted,
         short_of_wanted=float((candidates < (wanted or 0)).mean()),
         left_out=_left_out(counts),
@@ -173,6 +180,11 @@ def make_ledger(
     return ledger
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """A number with its noun, in the plural where it is not 1; `several` if that is irregular."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
 def _check_candidates(ledger: Ledger, settings: TrainSettings) -> None:
     wanted, median = ledger.wanted, ledger.candidates.median
     if wanted is None or median >= wanted:
@@ -185,10 +197,11 @@ def _check_candidates(ledger: Ledger, settings: TrainSettings) -> None:
     named = ", ".join(f"{number:.1f} {why}" for why, number in lost.items() if number >= _NAMED)
     raise RecipeError(
         f"batch.candidates is {wanted}, but half of the queries are compared with {median:g} or "
-        f"fewer ({ledger.candidates.least:g} to {ledger.candidates.most:g} in {ledger.batches} "
-        f"batches). Of {ledger.rows} rows x (1 positive + {hard} hard negatives) there are lost "
-        f"on average: {named}. Set batch.rows to about {math.ceil(ledger.rows * wanted / median)}, "
-        f"or batch.candidates to {math.floor(median)} or less"
+        f"fewer ({ledger.candidates.least:g} to {ledger.candidates.most:g} in "
+        f"{counted(ledger.batches, 'batch', 'batches')}). Of {_brought(ledger.rows, hard)} there "
+        f"are lost on average: {named}. Set batch.rows to about "
+        f"{math.ceil(ledger.rows * wanted / median)}, or batch.candidates to "
+        f"{math.floor(median)} or less"
     )
 
 
@@ -206,14 +219,20 @@ def _check_levels(ledger: Ledger, settings: TrainSettings) -> None:
 
 
 def _no_more(settings: TrainSettings, ranks: int) -> str:
-    """Why two numbers that often pass for a larger batch are none."""
-    shared = f"the {ranks} ranks share these rows" if ranks > 1 else "ranks share these rows"
-    if settings.accumulation == 1:
-        return shared
-    return (
-        f"accumulation {settings.accumulation} adds no candidates, for each batch is compared "
-        f"within itself, and {shared}"
-    )
+    """A clause on the numbers that pass for a larger batch and are none, where they are set."""
+    accumulation, reasons = settings.accumulation, []
+    if accumulation > 1:
+        reasons.append(
+            f"accumulation {accumulation} adds no candidates, for each batch is compared within "
+            "itself"
+        )
+    if ranks > 1:
+        reasons.append(f"the {ranks} ranks share these rows")
+    return "; " + ", and ".join(reasons) if reasons else ""
+
+
+def _brought(rows: int, hard: int) -> str:
+    return f"{counted(rows, 'row')} x (1 positive + {counted(hard, 'hard negative')})"
 
 
 def _left_out(counts: Sequence[BatchCounts]) -> dict[str, float]:
@@ -231,5 +250,5 @@ def _loss_of(settings: TrainSettings) -> str:
     return f"{loss.kind}, temperature {loss.temperature:g}{symmetric}{bias}"
 
 
-def _range(numbers: Sequence[int] | np.ndarray) -> Range:
+def _range_of(numbers: Sequence[int] | np.ndarray) -> Range:
     return Range(float(np.min(numbers)), float(np.median(numbers)), float(np.max(numbers)))

@@ -24,8 +24,11 @@ from colfolio.training import TrainSettings
 from colfolio.training.losses import chance_level, check_masks, floor_level, maxsim_range
 
 QueryLengths = Callable[[Sequence[str]], list[int]]
+# what the mask takes, in the order in which it is said
 SAME_PAGE = "on the page of an answer"
 SAME_DOCUMENT = "in the document of an answer"
+MASKED = (SAME_PAGE, SAME_DOCUMENT)
+# what the loss leaves out beside it
 OTHER_ANSWERS = "other answers"
 UNSCORED = "without a teacher's score"
 
@@ -38,6 +41,8 @@ class BatchCounts:
         documents: distinct ones.
         twice: documents that a query brings, and another one before it.
         hard_negatives: that each query brings.
+        sits_out: which queries have nothing that they could be told from; the numbers below are of
+            the others.
         candidates: that each query is compared with, one answer among them.
         left_out: why a document is no candidate -> how many of them each query has; with the
             candidates they make all documents.
@@ -48,8 +53,9 @@ class BatchCounts:
     documents: int
     twice: int
     hard_negatives: Int64[np.ndarray, " Q"]
-    candidates: Int64[np.ndarray, " Q"]
-    left_out: dict[str, Int64[np.ndarray, " Q"]]
+    sits_out: Bool[np.ndarray, " Q"]
+    candidates: Int64[np.ndarray, " _Q"]
+    left_out: dict[str, Int64[np.ndarray, " _Q"]]
     chance: float
     floor: float
 
@@ -70,11 +76,11 @@ class BatchCounter:
         self._dataset = dataset
         self._settings = settings
         self._query_lengths = query_lengths
-        self._by_page = None
-        if settings.batch.ignore == "document":
-            self._by_page = Relations(dataset, "page")
         has_teacher = settings.loss.kind == "distillation"
         self._teacher = TeacherScores(dataset) if has_teacher else None
+        self._by_page = None
+        if settings.batch.ignore == "document":
+            self._by_page = Relations(dataset, "page", self._teacher)
         self._picker = Picker(dataset, settings.batch, settings.seed, self._teacher)
 
     def counts(self, position: SamplerPosition, batches: int) -> Iterator[BatchCounts]:
@@ -96,11 +102,14 @@ class BatchCounter:
         settings = self._settings.loss
         reach = maxsim_range(torch.tensor(self._query_lengths(picks.texts)))
         hard_negatives = np.array([len(each) for each in picks.hard_negatives])
+        sits_out = ignored.all(dim=1).numpy()
         left_out = self._left_out(picks, rows, positives, ignored, teacher)
+        left_out = {why: numbers[~sits_out] for why, numbers in left_out.items()}
         return BatchCounts(
             documents=len(rows),
             twice=len(picks.positives) + int(hard_negatives.sum()) - len(rows),
             hard_negatives=hard_negatives,
+            sits_out=sits_out,
             candidates=len(rows) - np.sum(list(left_out.values()), axis=0),
             left_out=left_out,
             chance=float(chance_level(positives, ignored, settings, teacher)),
@@ -136,18 +145,32 @@ class BatchCounter:
             f"{self._dataset.name}, split {self._dataset.split!r}, epoch {picks.after.epoch}, "
             f"batch {picks.after.index}"
         )
-        alone = (positives | ignored).all(dim=1).nonzero().flatten().tolist()
-        if alone:
-            first = self._dataset.queries[picks.queries[alone[0]]].id
-            answer = self._dataset.corpus.ids[picks.positives[alone[0]]]
-            ignore, answers = self._settings.batch.ignore, int(positives[alone[0]].sum())
-            raise DatasetError(
-                f"{where}: {len(alone)} of {len(positives)} queries have nothing to be told from, "
-                f"first {first!r}: of the batch's {positives.shape[1]} documents {answers} answer "
-                f"it, and {positives.shape[1] - answers} are of the same {ignore} as such a one, "
-                f"as {answer!r}; set batch.rows to more, or use documents of more than one page"
-            )
+        if ignored.all():
+            raise DatasetError(f"{where}: {self._nothing_compared(picks)}")
         try:
             check_masks(positives, ignored, teacher)
         except DatasetError as error:
             raise DatasetError(f"{where}: {error}") from None
+
+    def _nothing_compared(self, picks: Picks) -> str:
+        """Why no query of a batch has anything to be told from, and what to do."""
+        first = self._dataset.queries[picks.queries[0]].id
+        if self._teacher is not None:
+            return (
+                "no query has an answer and something to tell it from, at least 2 with a teacher's "
+                f"score among them; the first is {first!r}. Raise batch.hard_negatives, so that "
+                "each brings more of what the teacher scored, or score more documents"
+            )
+        if len(picks.documents) == 1:
+            return (
+                f"there is one document, that of {first!r}, and nothing to tell it from. Set "
+                "batch.rows to 2 or more"
+                + (", or judge a negative for each query" if len(picks.queries) == 1 else "")
+            )
+        ignore = self._settings.batch.ignore
+        alike = "" if ignore == "none" else f" or is of the same {ignore} as one that does"
+        return (
+            f"no query has anything to be told from: for each, as for {first!r}, every one of the "
+            f"{len(picks.documents)} documents answers it{alike}. Raise batch.rows, or use "
+            f"documents of more than one {'page' if ignore == 'none' else ignore}"
+        )

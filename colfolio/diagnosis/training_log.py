@@ -29,7 +29,7 @@ class LoggedStep:
 
     Args:
         candidates: mean documents that a query was compared with.
-        masked: mean documents that were ignored for a query.
+        masked: mean documents that were masked for a query.
         is_skipped: gradients overflowed, and the weights stayed as they were.
     """
 

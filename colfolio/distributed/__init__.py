@@ -3,9 +3,10 @@
 from colfolio.distributed.join import is_in_world, join_world
 from colfolio.distributed.launcher import launch
 from colfolio.distributed.sharding import gather_state, place_optimiser_state, shard, whole
-from colfolio.distributed.world import World
+from colfolio.distributed.world import SharedError, World
 
 __all__ = [
+    "SharedError",
     "World",
     "gather_state",
     "is_in_world",

@@ -55,6 +55,8 @@ def join_world(device: str | None = None) -> Iterator[World]:
     """The world that this process finds itself in; it is left again at the end.
 
     A process group that is there already is used and kept. The rank's GPU becomes the current one.
+    After an error the group is left to the end of the process: others may still wait in it, and to
+    leave it in order could mean to wait for them.
 
     Args:
         device: what the user asked for; None takes a GPU if there is one. Which of the GPUs a rank
@@ -82,13 +84,11 @@ def join_world(device: str | None = None) -> Iterator[World]:
         rank=place.rank,
         world_size=place.size,
     )
-    try:
-        world = _described(None)
-        if uses_cuda:
-            _check_gpus(world)
-        yield world
-    finally:
-        dist.destroy_process_group()
+    world = _described(None)
+    if uses_cuda:
+        _check_gpus(world)
+    yield world
+    dist.destroy_process_group()
 
 
 def find_place(environment: Mapping[str, str]) -> Place | None:

@@ -55,10 +55,7 @@ def shard(
     """
     if world.size == 1:
         return
-    held = {id(parameter) for unit in units for parameter in unit.parameters()}
-    left = [name for name, parameter in model.named_parameters() if id(parameter) not in held]
-    if left:
-        raise ValueError(f"every parameter must belong to a unit, but these do not: {left[:20]}")
+    _check_units(model, units)
     device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (world.size,))
     for module in (*units, model):
@@ -69,6 +66,13 @@ def shard(
         module.set_force_sum_reduction_for_comms(True)
     for name in methods:
         register_fsdp_forward_method(model, name)
+
+
+def _check_units(model: nn.Module, units: Sequence[nn.Module]) -> None:
+    held = {id(parameter) for unit in units for parameter in unit.parameters()}
+    left = [name for name, parameter in model.named_parameters() if id(parameter) not in held]
+    if left:
+        raise ValueError(f"every parameter must belong to a unit, but these do not: {left[:20]}")
 
 
 def _precision(module: nn.Module, compute_dtype: torch.dtype | None) -> MixedPrecisionPolicy:

@@ -10,6 +10,7 @@ In a world of one every operation is the identity, and no process group is neede
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -27,6 +28,10 @@ from colfolio.errors import ColfolioError
 _BUCKET_BYTES = 25 * 2**20
 # torch before 2.13 knows it by the other name only, and later ones warn of that
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class SharedError(ColfolioError):
+    """An error that every rank raises at the same point, in the same words: one need tell it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +113,41 @@ class World:
             what: its name, for the message.
 
         Raises:
-            ColfolioError: on all ranks, naming the first that differs.
+            SharedError: on all ranks, naming the first that differs.
         """
         first, *others = self.gather_objects(value)
         for rank, other in enumerate(others, start=1):
             if other != first:
-                raise ColfolioError(
+                raise SharedError(
                     f"all ranks need the same {what}: rank 0 has {first!r}, rank {rank} has "
                     f"{other!r}; start every rank with the same files, arguments and versions"
                 )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let all ranks fail if one does, for steps in which a rank may fail alone.
+
+        Every rank has to come to the end of it, so nothing that a rank which failed would leave
+        out may be exchanged inside. In a world of one, errors pass as they are.
+
+        Raises:
+            SharedError: on all ranks, for a `ColfolioError` of any; it says whose it was, if not
+                all ranks had the same.
+        """
+        if self.size == 1:
+            yield
+            return
+        failure: ColfolioError | None = None
+        try:
+            yield
+        except ColfolioError as error:
+            failure = error
+        if self.agree(failure is None):
+            return
+        messages = self.gather_objects(None if failure is None else str(failure))
+        rank, first = next((n, said) for n, said in enumerate(messages) if said is not None)
+        is_everyones = all(said == first for said in messages)
+        raise SharedError(first if is_everyones else f"rank {rank}: {first}") from failure
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace the gradient of each parameter by its sum over ranks, the same bits on all.
@@ -169,12 +200,19 @@ class _GatherRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, counts, begin, gradient, group):
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        counts: list[int],
+        begin: int,
+        gradient: Literal["sum", "own"],
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
         ctx.own, ctx.gradient, ctx.group = slice(begin, begin + len(rows)), gradient, group
         return _gather(rows, counts, group)
 
     @staticmethod
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         if ctx.gradient == "sum":
             gradient = gradient.clone(memory_format=torch.contiguous_format)

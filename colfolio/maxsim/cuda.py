@@ -49,7 +49,7 @@ def maxsim_fused(
         Scores in float32.
 
     Raises:
-        ValueError: a row has no vectors, or dimensions, devices or the size of numbers do not fit.
+        ValueError: a row has no vectors, dimensions or devices differ, or numbers have 64 bits.
     """
     check_sides(queries, documents)
     dtype = torch.promote_types(queries.vectors.dtype, documents.vectors.dtype)

@@ -108,7 +108,8 @@ def _first_spoiled(
     for first in range(0, length, document_block):
         is_column = columns < length - first
         similarity = _multiply(held, left, is_row, right + first * dim, is_column, dim, dim_block)
-        # a column past the end is spoiled only where the query vector has spoiled those before
+        # an infinite query vector spoils columns past the end too; their places are beyond every
+        # winner's, so that the least is never one of them
         places = tl.where(_is_number(similarity), 2147483647, first + columns[None, :])
         spoiled = tl.minimum(spoiled, tl.min(places, axis=1))
     return spoiled

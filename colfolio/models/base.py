@@ -24,10 +24,10 @@ from colfolio.models.checkpoint import (
     hidden_size,
     load_config,
     load_tokenizer,
-    local_folder,
 )
 from colfolio.models.contract import Contract, check_contract, hash_weights
 from colfolio.models.families import CONFIG_ERRORS, family_of
+from colfolio.models.hub import local_folder
 from colfolio.models.retriever import Retriever
 
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"

@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -21,8 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from colfolio.errors import CheckpointError
 from colfolio.models.contract import Contract, check_contract, load_contract, save_contract
 from colfolio.models.families import CONFIG_ERRORS, family_of
+from colfolio.models.hub import local_folder
+from colfolio.models.weights import WEIGHTS_FILE, read_weights, write_weights
 
-WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 PROJECTION = "custom_text_proj."
@@ -79,7 +76,7 @@ def save_parts(
     aside.mkdir()
     try:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        _write_weights(plain, aside / WEIGHTS_FILE)
+        write_weights(plain, aside / WEIGHTS_FILE)
         values = config.to_dict() | {"architectures": ["ColQwen2"]}
         values.pop("_attn_implementation", None)
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
@@ -90,33 +87,6 @@ def save_parts(
         _swap(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def local_folder(
-    path_or_id: str | Path, revision: str | None = None, *, with_weights: bool = True
-) -> Path:
-    """The folder of a checkpoint; a hub id is fetched, or found in the local cache.
-
-    Args:
-        with_weights: of a hub id; without, its JSON files alone are fetched.
-
-    Raises:
-        CheckpointError: it is neither a folder nor a hub id that can be reached.
-    """
-    folder = Path(path_or_id)
-    if folder.is_dir():
-        return folder
-    name = str(path_or_id)
-    if name.startswith((".", "/")) or name.count("/") != 1:
-        raise CheckpointError(f"{name}: no such folder, and not a hub id of the form owner/name")
-    files = ["*.json", "*.safetensors"] if with_weights else ["*.json"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{name}: no folder of that name here, and the hub could not give it ({reason})"
-        ) from None
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -144,20 +114,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise CheckpointError(f"{folder}: no {TOKENIZER_FILE}") from None
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the folder's safetensors files, sharded or not."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: no safetensors file (pickled weights are not read)")
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            weights |= load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: cannot be read, it may be cut short: {error}") from None
-    return weights
 
 
 def hidden_size(config: PretrainedConfig) -> int:
@@ -208,16 +164,6 @@ def _check_names(
             f"{folder}: tensors do not fit the architecture. Missing: {_listed(missing)}. "
             f"Unexpected: {_listed(unexpected)}. Of another shape: {_listed(shapes)}."
         )
-
-
-def _write_weights(weights: dict[str, Tensor], path: Path) -> None:
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(weights, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk is not an OSError here
-        raise CheckpointError(f"{path}: cannot be written: {error}") from None
-    path.chmod(mode)  # safetensors lets nobody else read it
 
 
 def _listed(names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Training: losses, optimiser, the loop, and checkpoints that resume to the bit."""
 
 from colfolio.training.checkpoint import (
+    FREE_SETTINGS,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
@@ -10,6 +11,7 @@ from colfolio.training.loop import StepReport, train
 from colfolio.training.state import TrainingState, TrainSettings, start_training
 
 __all__ = [
+    "FREE_SETTINGS",
     "StepReport",
     "TrainSettings",
     "TrainingState",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,18 @@ from colfolio.training.state import TrainingState, TrainSettings, start_training
 MODEL_FOLDER = "model"
 _OPTIMISER_FILE = "optimiser.pt"
 _STATE_FILE = "state.json"
-# settings that change no gradient, only what it costs
-_FREE = ("memory", "features", "attention", "gradient_checkpointing", "parallel")
+# settings that change no gradient, only what it costs: a run may go on with others
+FREE_SETTINGS = ("memory", "features", "attention", "gradient_checkpointing", "parallel")
 _NAME = re.compile(r"step-(\d{6,})")
 
 
 def save_checkpoint(
-    state: TrainingState, folder: Path, dataset_fingerprint: str, keep: int
+    state: TrainingState,
+    folder: Path,
+    dataset_fingerprint: str,
+    keep: int,
+    *,
+    is_alone: bool = False,
 ) -> Path:
     """Save a training state as `folder/step-N` and delete all but the newest `keep` checkpoints.
 
@@ -40,10 +46,13 @@ def save_checkpoint(
     Args:
         dataset_fingerprint: of the training split; a resumed run must have the same.
         keep: how many checkpoints stay, at least 1.
+        is_alone: the main rank calls it without the others, which may be gone; its model must be
+            whole.
 
     Raises:
         CheckpointError: it cannot be written; earlier checkpoints stay as they are.
     """
+    assert not (is_alone and state.is_sharded)
     final = folder / f"step-{state.step:06d}"
     weights = gather_state(state.retriever.weights())
     optimiser = gather_state(state.optimiser.state_dict())
@@ -59,7 +68,8 @@ def save_checkpoint(
         for step, path in _checkpoints(folder)[:-keep]:
             if step != state.step:
                 shutil.rmtree(path)
-    state.world.barrier()
+    if not is_alone:
+        state.world.barrier()
     return final
 
 
@@ -103,30 +113,57 @@ def load_checkpoint(
     Raises:
         CheckpointError: a file is missing or damaged, or settings or data are not the same.
     """
+    world = world or World()
+    with world.together():
+        saved = _read_state(path)
+        _check_same(path, saved, settings, dataset_fingerprint)
+        retriever = Retriever.from_pretrained(path / MODEL_FOLDER, device=device)
+    if world.size > 1:
+        found = (saved.step, saved.settings.model_dump(), retriever.fingerprint())
+        world.same_everywhere(found, "checkpoint")
+    with world.together():
+        free = {name: getattr(settings, name) for name in FREE_SETTINGS}
+        state = start_training(
+            retriever, saved.settings.model_copy(update=free), world, features_folder
+        )
+        _place(path / _OPTIMISER_FILE, state, saved.scaler)
+        state.step, state.position = saved.step, saved.position
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """What stands in a checkpoint beside weights and optimiser."""
+
+    step: int
+    position: SamplerPosition
+    settings: TrainSettings
+    scaler: dict[str, Any]
+    dataset: str
+
+
+def _read_state(path: Path) -> _Saved:
     try:
         values = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
-        position = SamplerPosition(**values["position"])
-        step, dataset, scaler = int(values["step"]), values["dataset"], values["scaler"]
-        saved = validated(values["settings"], TrainSettings, str(path / _STATE_FILE))
+        return _Saved(
+            int(values["step"]),
+            SamplerPosition(**values["position"]),
+            validated(values["settings"], TrainSettings, str(path / _STATE_FILE)),
+            values["scaler"],
+            values["dataset"],
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be resumed from: {error}") from None
-    _check_same(path, saved, settings)
-    if dataset != dataset_fingerprint:
-        raise CheckpointError(
-            f"{path}: was trained on other data (fingerprint {dataset[:12]}, now "
-            f"{dataset_fingerprint[:12]}); resume needs the same training split"
-        )
-    retriever = Retriever.from_pretrained(path / MODEL_FOLDER, device=device)
-    free = {name: getattr(settings, name) for name in _FREE}
-    state = start_training(retriever, saved.model_copy(update=free), world, features_folder)
-    optimiser = _read_optimiser(path / _OPTIMISER_FILE)
+
+
+def _place(path: Path, state: TrainingState, scaler: dict[str, Any]) -> None:
+    """Put the optimiser's and the scaler's state back."""
+    optimiser = _read_optimiser(path)
     try:
         state.optimiser.load_state_dict(place_optimiser_state(state.optimiser, optimiser))
         state.scaler.load_state_dict(scaler)
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path / _OPTIMISER_FILE}: is of another model: {error}") from None
-    state.step, state.position = step, position
-    return state
+        raise CheckpointError(f"{path}: is of another model: {error}") from None
 
 
 def _write(
@@ -145,10 +182,23 @@ def _write(
         _write_optimiser(optimiser, aside / _OPTIMISER_FILE)
         text = json.dumps(values, indent=2) + "\n"
         (aside / _STATE_FILE).write_text(text, encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        _replace(final, aside)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace(final: Path, aside: Path) -> None:
+    """Rename a folder into place; the one that was there goes once the new one stands."""
+    before = final.with_name(f".{final.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    try:
+        if final.exists():
+            final.rename(before)
+        aside.rename(final)
+    finally:
+        if before.exists() and not final.exists():  # also after Ctrl-C
+            before.rename(final)
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def _write_optimiser(optimiser: dict[str, Any], path: Path) -> None:
@@ -175,16 +225,21 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in named)
 
 
-def _check_same(path: Path, saved: TrainSettings, settings: TrainSettings) -> None:
-    before, now = saved.model_dump(), settings.model_dump()
+def _check_same(path: Path, saved: _Saved, settings: TrainSettings, dataset: str) -> None:
+    before, now = saved.settings.model_dump(), settings.model_dump()
     left_open = [("precision", "auto"), ("threads", None)]
     changed = [
         f"{key}: {before[key]} then, {now[key]} now"
         for key in before
-        if before[key] != now[key] and key not in _FREE and (key, now[key]) not in left_open
+        if before[key] != now[key] and key not in FREE_SETTINGS and (key, now[key]) not in left_open
     ]
     if changed:
         raise CheckpointError(
             f"{path}: the run was started with other settings ({'; '.join(changed)}); "
             "resume with the same ones, or start a new run"
+        )
+    if saved.dataset != dataset:
+        raise CheckpointError(
+            f"{path}: was trained on other data (fingerprint {saved.dataset[:12]}, now "
+            f"{dataset[:12]}); resume needs the same training split"
         )

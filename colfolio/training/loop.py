@@ -20,7 +20,7 @@ from colfolio.data.dataset import RetrievalDataset
 from colfolio.data.teacher import TeacherScores
 from colfolio.training.exact_batch import Loss
 from colfolio.training.losses import ScoreSummary, check_masks, contrastive_loss, maxsim_range
-from colfolio.training.optim import learning_rate, optimiser_step
+from colfolio.training.optim import check_scale, learning_rate, optimiser_step
 from colfolio.training.state import TrainingState
 
 
@@ -71,7 +71,7 @@ def train(state: TrainingState, dataset: RetrievalDataset) -> Iterator[StepRepor
         settings.seed,
         state.world,
         TeacherScores(dataset) if is_taught else None,
-        with_digests=state.exact.has_cache,
+        with_digests=state.exact.cache is not None,
     )
     return _steps(state, source)
 
@@ -83,8 +83,8 @@ def _steps(state: TrainingState, source: BatchSource) -> Iterator[StepReport]:
     begin = time.perf_counter()
     num_batches = (settings.steps - state.step) * settings.accumulation
     coming = _ahead(source.batches(state.position), num_batches)
-    while drawn := list(islice(coming, settings.accumulation)):
-        batches = [source.of_all_ranks(each) for each in drawn]
+    while drawn := _drawn(state, coming):
+        batches = _of_all_ranks(state, source, drawn)
         rate = learning_rate(state.step, settings.steps, settings.optimiser)
         summary = _backward(state, batches)
         norm = _optimiser_step(state, rate)
@@ -96,11 +96,30 @@ def _steps(state: TrainingState, source: BatchSource) -> Iterator[StepReport]:
         begin = time.perf_counter()
 
 
+def _drawn(state: TrainingState, coming: Iterator[DrawnBatch]) -> list[DrawnBatch]:
+    """This rank's shares of a step; what one rank cannot read or collate, all ranks refuse."""
+    drawn: list[DrawnBatch] = []
+    with state.world.together():
+        drawn += islice(coming, state.settings.accumulation)
+    return drawn
+
+
+def _of_all_ranks(
+    state: TrainingState, source: BatchSource, drawn: list[DrawnBatch]
+) -> list[ContrastiveBatch]:
+    """The shares with the masks of all ranks, which each checks; what it refuses, all refuse."""
+    batches: list[ContrastiveBatch] = []
+    with state.world.together():
+        batches += [source.of_all_ranks(each) for each in drawn]
+        for batch in batches:
+            check_masks(batch.positives, batch.ignored, batch.teacher)
+    return batches
+
+
 def _backward(state: TrainingState, batches: list[ContrastiveBatch]) -> ScoreSummary:
     """Add the mean gradient of some batches; what is drawn depends on (seed, step, batch)."""
     summaries = []
     for number, batch in enumerate(batches):
-        check_masks(batch.positives, batch.ignored, batch.teacher)
         drawn = np.random.default_rng((state.settings.seed, 3, state.step, number))
         seed = int(drawn.integers(2**63))
         loss, share = _loss(state, batch), 1 / len(batches)
@@ -149,10 +168,13 @@ def _report(
     may_skip = state.scaler.is_enabled()
     if not math.isfinite(loss) or not (math.isfinite(gradient_norm) or may_skip):
         raise FloatingPointError(f"step {state.step}: loss {loss}, gradient norm {gradient_norm}")
+    is_skipped = not math.isfinite(gradient_norm)
+    if is_skipped:
+        check_scale(state.scaler)
     return StepReport(
         state.step,
         *numbers,
-        skipped=not math.isfinite(gradient_norm),
+        skipped=is_skipped,
         lr=rate,
         seconds=seconds,
         rows_per_second=rows / seconds,

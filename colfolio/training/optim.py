@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 
 from colfolio.config import Settings
 from colfolio.distributed import whole
-from colfolio.errors import ColfolioError
+from colfolio.errors import ColfolioError, RecipeError
 from colfolio.models.precision import SettledPrecision
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -48,6 +48,7 @@ def build_optimiser(model: nn.Module, settings: OptimiserSettings) -> Optimizer:
 
     Raises:
         ColfolioError: the package that keeps the state in 8 bits is missing.
+        RecipeError: no parameter is trainable.
     """
     embeddings = {
         id(module.weight): module.weight
@@ -59,6 +60,10 @@ def build_optimiser(model: nn.Module, settings: OptimiserSettings) -> Optimizer:
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
             (decayed if is_matrix else plain).append(parameter)
+    if not decayed and not plain:
+        raise RecipeError(
+            "no parameter of the model trains: all are frozen; leave at least the projection open"
+        )
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": plain, "weight_decay": 0.0},
@@ -106,13 +111,11 @@ def optimiser_step(
     Args:
         scaler: that scaled the gradients. If it finds one that is not finite, neither is the norm,
             and the step is skipped.
-
-    Raises:
-        FloatingPointError: gradients are not finite even without scaling up.
     """
-    scaler = scaler or GradScaler(enabled=False)
-    scaler.unscale_(optimiser)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if scaler is None or all(parameter.grad is None for parameter in trainable):
+        scaler = GradScaler(enabled=False)  # an enabled one refuses a step without any gradient
+    scaler.unscale_(optimiser)
     norm = whole(nn.utils.clip_grad_norm_(trainable, settings.clip_norm))
     for group in optimiser.param_groups:
         if isinstance(group["lr"], Tensor):  # torchao compiles its step with it
@@ -122,12 +125,22 @@ def optimiser_step(
     scaler.step(optimiser)
     scaler.update()
     optimiser.zero_grad(set_to_none=True)
+    return norm
+
+
+def check_scale(scaler: GradScaler) -> None:
+    """Refuse to halve the scale of gradients further; to be asked after a step was skipped.
+
+    It waits for the device.
+
+    Raises:
+        FloatingPointError: gradients are not finite even without scaling up.
+    """
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise FloatingPointError(
             f"gradients overflow fp16 at a loss scale of {2 * scaler.get_scale():g} already; train "
             "with precision bf16 or fp32"
         )
-    return norm
 
 
 def _package(state: str) -> Any:

@@ -107,6 +107,7 @@ def test_help_answers_without_importing_torch():
         ["train", "a.yaml", "--resume", "run"],
         ["train", "a.yaml", "--nonsense"],
         ["train", "--resume"],
+        ["train", "train.memory.chunk_tokens=8", "again", "--resume", "run"],
         ["init", "base"],
         ["init", "base", "--out", "x", "--dim", "many"],
         ["search", "index"],

@@ -1,5 +1,5 @@
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from colfolio.config import Settings, load_settings, to_yaml, validated
 from colfolio.errors import ColfolioError, RecipeError
@@ -16,6 +16,17 @@ class Recipe(Settings):
     split: str | None = "validation"
     inner: Inner = Inner()
     weights: dict[str, float] = Field(default_factory=dict)
+
+
+class Bounds(Settings):
+    least: int
+    most: int
+
+    @model_validator(mode="after")
+    def _is_range(self):
+        if self.least > self.most:
+            raise ValueError(f"least {self.least} is more than most {self.most}")
+        return self
 
 
 @pytest.fixture
@@ -96,6 +107,13 @@ def test_a_key_given_twice_is_refused(write):
 def test_a_value_of_the_wrong_kind_is_named_with_its_key(write, line, key):
     with pytest.raises(RecipeError, match=f"{key}: "):
         load_settings(write(f"name: a\n{line}"), Recipe)
+
+
+def test_a_fault_says_what_was_received_and_nothing_of_its_library(write):
+    with pytest.raises(RecipeError, match=r"inner\.lr: Input should be greater than 0, not -1$"):
+        load_settings(write("name: a\ninner: {lr: -1}"), Recipe)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: recipe: least 3 is more than most 2$"):
+        load_settings(write("least: 3\nmost: 2"), Bounds)
 
 
 def test_a_missing_key_is_named(write):

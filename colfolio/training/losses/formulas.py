@@ -25,7 +25,8 @@ class LossSettings(Settings):
 
     Args:
         kind: `info_nce`: the positive against all negatives; `pairwise`: against the hardest one;
-            `sigmoid`: every pair for itself; `distillation`: the order of a teacher's scores.
+            `sigmoid`: every pair for itself; `distillation`: the shares that a teacher's scores
+            give, by its softmax.
         temperature: scores are divided by it, a teacher's too; MaxSim summed over about ten query
             tokens wants 1.
         symmetric: of `info_nce`: the mean of both directions, each query among documents and each

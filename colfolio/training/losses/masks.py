@@ -15,7 +15,7 @@ def check_masks(
 ) -> None:
     """Refuse a batch in which a query has nothing to find or nothing to tell it from.
 
-    A query whose every document is ignored takes no part; one at least has to. Meant for masks on
+    A query whose every document is ignored sits out; one at least takes part. Meant for masks on
     the CPU: on a device it waits for them.
 
     Args:
@@ -27,8 +27,10 @@ def check_masks(
     takes_part = ~ignored.all(dim=1)
     if not takes_part.any():
         raise DatasetError(
-            f"none of the batch's {len(positives)} queries takes part: each ignores all of the "
-            f"{positives.shape[1]} documents"
+            f"a batch in which every query sits out teaches nothing: none of its queries "
+            f"({len(positives)}) has an answer and something to tell it from among its documents "
+            f"({positives.shape[1]}); raise batch.rows"
+            + (" or batch.hard_negatives" if teacher is not None else "")
         )
     if (row := _first(takes_part & ~positives.any(dim=1))) is not None:
         raise DatasetError(f"query {row} of the batch has no positive document")
@@ -38,8 +40,9 @@ def check_masks(
     negatives = ~(positives | ignored)
     if (row := _first(takes_part & ~negatives.any(dim=1))) is not None:
         raise DatasetError(
-            f"query {row} of the batch has no negative among {positives.shape[1]} documents: its "
-            "loss is always 0 and teaches nothing; use more rows, from more than one page"
+            f"query {row} of the batch has no negative among its documents ({positives.shape[1]}): "
+            "its loss is always 0 and teaches nothing; let it sit out, all documents ignored, or "
+            "raise batch.rows"
         )
     if teacher is not None:
         _check_teacher(teacher, ignored, takes_part)
@@ -56,8 +59,9 @@ def _check_teacher(teacher: Tensor, ignored: Tensor, takes_part: Tensor) -> None
     num_scored = (~(ignored | teacher.isnan())).sum(dim=1)
     if (row := _first(takes_part & (num_scored < 2))) is not None:
         raise DatasetError(
-            f"query {row} of the batch has {int(num_scored[row])} documents with a teacher score; "
-            "distillation compares at least 2: score more of its documents, or leave it out"
+            f"query {row} of the batch has a teacher score for {int(num_scored[row])} of its "
+            f"documents ({ignored.shape[1]}), and distillation compares at least 2: raise "
+            "batch.hard_negatives, so that it brings more of them"
         )
 
 

@@ -16,7 +16,7 @@ from colfolio.training.losses.levels import ScoreRange, chance_level, floor_leve
 class ScoreSummary:
     """What one step's scores say; every field is a tensor of no dimensions, on the scores' device.
 
-    All are means over the queries that take part: those with a positive.
+    All are means over the queries that take part: those with a positive. The others sit out.
 
     Args:
         loss: alone carries a graph.
@@ -25,9 +25,11 @@ class ScoreSummary:
             which is what every loss tends to as the range grows.
         margin: the weakest positive's score less that of the hardest negative.
         spread: standard deviation of all scores of a query.
-        candidates: number of documents that a query is compared with, its positive included; for
-            distillation, of those that the teacher scored.
-        masked: number of documents that are ignored for a query.
+        candidates: number of documents that a query is compared with, one positive among them,
+            for several are not compared with each other; `sigmoid` asks of each by itself, so that
+            it is one more than its negatives there too. For distillation, number of documents that
+            the teacher scored.
+        masked: number of documents that are masked: `ignored` for a query.
         accuracy: share of queries whose positives stand strictly before every negative.
     """
 

@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -52,10 +53,10 @@ def test_floor_masks_and_skipped_steps_are_shown_where_there_are_any(screen):
     first, second, third = screen.getvalue().splitlines()
     for word in ("floor", "masked", "skipped"):
         assert word not in first
-    assert "(chance 4.852, floor 0.250)" in second
-    assert "124 candidates (4.0 masked)" in second
-    assert second.endswith("1 skipped: gradients overflowed")
-    assert third.endswith("2 skipped: gradients overflowed")
+    assert "(chance 4.852), floor 0.250" in second
+    assert "124 candidates, 4.0 masked" in second
+    assert second.endswith("1 skipped (overflow)")
+    assert third.endswith("2 skipped (overflow)")
 
 
 def test_a_terminal_shows_them_likewise(screen):
@@ -65,6 +66,35 @@ def test_a_terminal_shows_them_likewise(screen):
             live.step(report(step, floor=0.25, masked=8.0, skipped=step == 2))
     for part in ("floor", "0.250", "candidates", "masked", "8.0", "skipped"):
         assert part in screen.getvalue()
+
+
+LONG = {"floor": 0.031, "margin": -0.52, "candidates": 127.0, "masked": 0.7, "seconds": 8.0}
+
+
+@pytest.mark.parametrize("changed", [{}, LONG, LONG | {"skipped": True, "candidates": 4096.0}])
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_80_columns_cut_no_number_and_no_heading(screen, is_terminal, changed):
+    console = Console(file=screen, force_terminal=is_terminal, width=80, color_system=None)
+    with LiveTraining(console, steps=1700, plain_every=1) as live:
+        live.evaluation(850, 0.812)
+        live.step(report(1230, **changed))
+    shown = re.sub(r"\x1b\[\??\d+[A-Za-z]", "", screen.getvalue())
+    assert max(map(len, re.split(r"[\r\n]", shown))) <= 80
+    assert "…" not in shown
+    for part in ("1230/1700", "2.000", "4.852", f"{changed.get('margin', 0.5):+.2f}"):
+        assert part in shown
+    if is_terminal:
+        left = "01:02:40" if changed else "03:55"
+        for part in ("chance", "margin", "candidates", "val ndcg@5", "0.812", left):
+            assert part in shown
+
+
+def test_a_very_narrow_terminal_still_shows_the_loss_whole(screen):
+    console = Console(file=screen, force_terminal=True, width=34, color_system=None)
+    with LiveTraining(console, steps=1700) as live:
+        live.step(report(1230, **LONG))
+    assert "2.000" in screen.getvalue()
+    assert "…" not in screen.getvalue()
 
 
 def test_an_evaluation_is_printed_with_its_step(screen):

@@ -14,6 +14,7 @@ from colfolio.commands.train import resume_command, train_command
 from colfolio.errors import CheckpointError, ColfolioError, DatasetError, RecipeError
 from colfolio.models import Retriever
 from colfolio.training import newest_checkpoint
+from colfolio.training.feature_cache import FeatureCache, FeatureCacheSettings
 
 
 def log_of(run):
@@ -190,7 +191,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded(
         ({"dataset": "/no/such/set"}, "/no/such/set"),
         ({"split": "nosplit"}, "nosplit"),
         ({"validation": {"split": "nosplit"}}, "nosplit"),
-        ({"train": {"steps": 2, "batch": {"rows": 999}}}, "batch of 999"),
+        ({"train": {"steps": 2, "batch": {"rows": 999}}}, "batch has 999"),
         ({"train": {"steps": 2, "batch": {"kind_weights": {"word": 2}}}}, "'word'"),
     ],
 )
@@ -317,3 +318,51 @@ def test_a_full_device_is_told_with_what_to_do(write_recipe, run, monkeypatch, r
     assert "2.00 GiB" in message
     assert "colfolio plan" in message
     assert newest_checkpoint(run / "checkpoints").name == "step-000000"
+
+
+def test_a_run_that_was_too_large_goes_on_in_smaller_pieces(write_recipe, run, refused, colfolio):
+    message = refused("train", write_recipe(), "train.memory.activation_mb=0.001")
+    assert "activation_mb" in message
+    assert newest_checkpoint(run / "checkpoints").name == "step-000000"
+    changes = ["train.memory.activation_mb=50", "train.memory.chunk_tokens=60"]
+    code, _, errors = colfolio("train", *changes, "--resume", run)
+    assert code == 0, errors
+    assert recipe_of(run).train.memory.chunk_tokens == 60
+    assert (run / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["train.steps=9", "model=x", "train=1", "out=y"])
+def test_only_what_changes_no_gradient_may_change_while_a_run_goes_on(
+    write_recipe, run, refused, name
+):
+    train_command(write_recipe(), ["train.steps=2"])
+    message = refused("train", name, "--resume", run)
+    assert name.partition("=")[0] in message
+    assert recipe_of(run).train.steps == 2
+
+
+def ledgers_of(run):
+    return [row for row in log_of(run) if row["kind"] == "ledger"]
+
+
+def test_another_kernel_is_noted_in_the_log_of_a_run_that_goes_on(write_recipe, run, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(write_recipe(), at=3)
+    resume_command(run, ["train.attention=eager"])
+    first, second = ledgers_of(run)
+    assert (first["step"], second["step"]) == (0, 3)
+    assert first["computed_with"]["attention"] != second["computed_with"]["attention"]
+    capsys.readouterr()
+    resume_command(run)
+    assert len(ledgers_of(run)) == 2
+    assert "candidates" not in capsys.readouterr().out
+
+
+def test_a_disk_that_takes_no_features_is_told(capsys, tmp_path):
+    assert not train_module._say_fault(None)
+    cache = FeatureCache(FeatureCacheSettings(disk_mb=1.0), tmp_path / "features")
+    assert not train_module._say_fault(cache)
+    cache._files.fault = "/there: no room"
+    assert train_module._say_fault(cache)
+    train_module._say_cache(cache)
+    assert capsys.readouterr().out.count("no room") == 2

@@ -72,5 +72,8 @@ def test_every_batch_has_a_generator_of_its_own():
 
 @pytest.mark.parametrize("weights", [[1.0] * 3, [0.5] * 6, []])
 def test_fewer_queries_than_rows_are_refused(weights):
-    with pytest.raises(DatasetError, match="a batch of 4 queries"):
+    with pytest.raises(
+        DatasetError,
+        match=r"a batch has 4 queries.* only \d an epoch; set batch\.rows to \d or less",
+    ):
         next(draws(weights, 4, 0, START))

@@ -1,5 +1,7 @@
 """Ranks share a batch: together they hold what one would, and know who answers whom."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
@@ -10,18 +12,35 @@ from colfolio.data.contrastive import BatchSettings, BatchSource
 from colfolio.data.dataset import CorpusRow, Query, load_dataset, write_split
 from colfolio.data.sampler import SamplerPosition
 from colfolio.distributed import World
-from colfolio.errors import DocumentError
+from colfolio.errors import DatasetError, DocumentError
 
 START = SamplerPosition()
 
 
 class Ranks(World):
-    """A rank whose companions are in this process: what they would send is at hand, in order."""
+    """A rank whose companions are threads of this process."""
 
     def gather_rows(self, rows, gradient):  # noqa: ARG002
-        every = next(self.sent)
-        assert torch.equal(every[self.rank], rows)
-        return torch.cat(every)
+        return torch.cat(self.gather_objects(rows))
+
+    def gather_counts(self, count):
+        return self.gather_objects(count)
+
+    def gather_objects(self, value):
+        self.values[self.rank] = value
+        self.meeting.wait(60)
+        values = list(self.values)
+        self.meeting.wait(60)
+        return values
+
+
+def ranks(size):
+    meeting, values = threading.Barrier(size), [None] * size
+    for rank in range(size):
+        world = Ranks(rank, size)
+        object.__setattr__(world, "meeting", meeting)
+        object.__setattr__(world, "values", values)
+        yield world
 
 
 @pytest.fixture
@@ -48,21 +67,14 @@ def dataset(tmp_path, encode_png):
 def shares(dataset, collator, size, **settings):
     """Of each of some batches, the share of each rank with the masks of all."""
     settings = BatchSettings(rows=7, hard_negatives=2, **settings)
-    sources = [
-        BatchSource(dataset, collator, settings, 3, World(rank, size)) for rank in range(size)
-    ]
-    for drawn in islice(zip(*(source.batches(START) for source in sources), strict=True), 5):
-        sent = [
-            [each.batch.query_ids for each in drawn],
-            [each.batch.document_ids for each in drawn],
-        ]
-        if settings.ignore_copies != "none":
-            words = [torch.from_numpy(each.hashes.words.view(np.int64)) for each in drawn]
-            sent = [words, [torch.from_numpy(each.hashes.lengths) for each in drawn], *sent]
-        for rank, source in enumerate(sources if size > 1 else []):
-            source._world = Ranks(rank, size)
-            object.__setattr__(source._world, "sent", iter(sent))
-        yield [source.of_all_ranks(each) for source, each in zip(sources, drawn, strict=True)]
+    sources = [BatchSource(dataset, collator, settings, 3, world) for world in ranks(size)]
+    with ThreadPoolExecutor(size) as pool:
+        for drawn in islice(zip(*(source.batches(START) for source in sources), strict=True), 5):
+            asked = [
+                pool.submit(source.of_all_ranks, each)
+                for source, each in zip(sources, drawn, strict=True)
+            ]
+            yield [each.result() for each in asked]
 
 
 def relations(parts):
@@ -93,23 +105,51 @@ def test_ranks_hold_together_what_one_would(dataset, shared_retriever, size, cop
         assert max(counts) - min(counts) <= 1
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_query_whose_page_no_rank_could_read_takes_no_part(
-    dataset, shared_retriever, size, monkeypatch
-):
+@pytest.fixture
+def damage(dataset, monkeypatch):
+    """Makes rows of the corpus undecodable."""
     decode = dataset.corpus.image
 
-    def image(row):
-        if row == 4:
-            raise DocumentError("image", "is a damaged image")
-        return decode(row)
+    def damage(*rows):
+        def image(row):
+            if row in rows:
+                raise DocumentError("image", "is a damaged image")
+            return decode(row)
 
-    monkeypatch.setattr(dataset.corpus, "image", image)
-    for parts in shares(dataset, shared_retriever.collator, size):
-        answered = parts[0].positives.any(dim=1)
-        assert 4 not in torch.cat([part.document_ids for part in parts])
-        assert parts[0].ignored[~answered].all()
-        assert answered.sum() >= 5
+        monkeypatch.setattr(dataset.corpus, "image", image)
+
+    return damage
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+@pytest.mark.parametrize("row", range(14))
+def test_a_query_whose_picked_page_no_rank_could_read_is_left_out_as_in_one(
+    dataset, shared_retriever, size, row, damage
+):
+    damage(row)
+    collator = shared_retriever.collator
+    alone, together = (shares(dataset, collator, ranks) for ranks in (1, size))
+    for one, many in zip(alone, together, strict=True):
+        assert relations(many) == relations(one)
+        for part in many:
+            assert len(part.queries) == len(part.query_ids)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_images_that_several_ranks_cannot_read_are_counted_together(
+    dataset, shared_retriever, size, damage
+):
+    damage(4, 8)
+    with pytest.raises(
+        DatasetError, match=r"2 of \d+ images.*'p[48]': is a damaged image; 'p[48]'"
+    ):
+        list(shares(dataset, shared_retriever.collator, size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_one_image_that_cannot_be_read_stops_no_rank(dataset, shared_retriever, size, damage):
+    damage(4)
+    assert len(list(shares(dataset, shared_retriever.collator, size))) == 5
 
 
 def test_a_rank_reads_no_page_of_another(dataset, shared_retriever, monkeypatch):

@@ -1,16 +1,20 @@
 """The ledger says before the first step what the steps then report, and refuses what cannot be."""
 
 import json
-from dataclasses import asdict
+import math
+import re
+from dataclasses import asdict, replace
+from itertools import islice
 
 import numpy as np
 import pytest
 
 from colfolio.data.dataset import CorpusRow, Query, load_dataset, write_split
 from colfolio.data.picks import Picker
+from colfolio.data.relations import Relations
 from colfolio.data.sampler import SamplerPosition
 from colfolio.data.teacher import TeacherScores
-from colfolio.diagnosis.ledger import check_reachable, make_ledger
+from colfolio.diagnosis.ledger import Range, check_reachable, make_ledger
 from colfolio.diagnosis.ledger_counts import (
     OTHER_ANSWERS,
     SAME_DOCUMENT,
@@ -18,7 +22,7 @@ from colfolio.diagnosis.ledger_counts import (
     UNSCORED,
     BatchCounter,
 )
-from colfolio.diagnosis.ledger_lines import ledger_lines
+from colfolio.diagnosis.ledger_lines import ledger_lines, ledger_rows
 from colfolio.diagnosis.training_log import read_log
 from colfolio.errors import DatasetError, RecipeError
 from colfolio.training import TrainSettings, start_training, train
@@ -176,9 +180,41 @@ def test_neither_accumulation_nor_ranks_change_who_is_compared(crowded):
 
 def test_the_ledger_of_a_resumed_run_begins_where_it_goes_on(crowded):
     dataset, settings = crowded(), recipe(rows=3, hard_negatives=2)
-    later = make_ledger(dataset, settings, 1, lengths, position=SamplerPosition(0, 2))
-    expected = [each.candidates for each in counted(dataset, settings, 8)[2:]]
-    assert later.candidates.median == np.median(np.concatenate(expected))
+    whole = counted(dataset, settings, 8)
+    place = SamplerPosition(0, 3)
+    later = make_ledger(dataset, settings, 1, lengths, position=place, batches=2)
+    assert later.chance == np.mean([each.chance for each in whole[3:5]])
+    assert later.chance != np.mean([each.chance for each in whole[:2]])
+    assert later.documents.most == max(each.documents for each in whole[3:5])
+
+
+def test_the_numbers_of_a_ledger_are_those_of_a_plain_count(crowded):
+    dataset, settings = crowded(), recipe(rows=6, hard_negatives=2, candidates=5)
+    relations = Relations(dataset, "page")
+    picker = Picker(dataset, settings.batch, settings.seed)
+    brought, twice, candidates = [], [], []
+    for picks in islice(picker.picks(START), 6):
+        rows = []
+        for positive, refused in zip(picks.positives, picks.hard_negatives, strict=True):
+            brought.append(len(refused))
+            rows += [positive, *refused]
+        twice.append(len(rows) - len(set(rows)))
+        _, ignored = relations.masks(picks.queries, np.array(picks.documents))
+        for query, lost in zip(picks.queries, ignored, strict=True):
+            answers = set(relations.answers[query].tolist()) & set(picks.documents)
+            candidates.append(len(picks.documents) - int(lost.sum()) - len(answers) + 1)
+    ledger = make_ledger(dataset, settings, 1, lengths)
+    assert ledger.twice == np.mean(twice) > 0
+    assert ledger.hard_negatives == np.mean(brought)
+    assert 0 < ledger.with_hard_negatives == np.mean(np.array(brought) > 0) < 1
+    found = ledger.candidates
+    assert (found.least, found.most) == (min(candidates), max(candidates))
+    assert found.median == np.median(candidates)
+    wanted = int(np.median(candidates))
+    assert wanted in candidates
+    settings = recipe(rows=6, hard_negatives=2, candidates=wanted)
+    short = make_ledger(dataset, settings, 1, lengths).short_of_wanted
+    assert 0 < short == np.mean(np.array(candidates) < wanted)
 
 
 def test_no_more_batches_are_counted_than_the_run_has(crowded):
@@ -197,7 +233,7 @@ def test_the_shares_of_ranks_differ_by_one_at_most(crowded):
 def test_a_number_of_candidates_that_is_reached_passes(crowded):
     ledger = make_ledger(crowded(), recipe(candidates=5, hard_negatives=0), 1, lengths)
     assert ledger.candidates.median >= 5
-    assert "the recipe asks for 5" in "\n".join(ledger_lines(ledger))
+    assert "5 or more for the median query" in "\n".join(ledger_lines(ledger))
 
 
 def test_a_number_of_candidates_that_the_dataset_cannot_give_is_refused(crowded):
@@ -205,25 +241,73 @@ def test_a_number_of_candidates_that_the_dataset_cannot_give_is_refused(crowded)
     check_reachable(settings, 1)
     message = (
         r"batch\.candidates is 12, but half of the queries .* 6 rows x \(1 positive \+ 1 hard "
-        r"negatives\) .*hard negatives that a query has not.*on the page of an answer.*"
-        r"Set batch\.rows to about \d+"
+        r"negative\) .*hard negatives that a query has not.*on the page of an answer.*"
+        r"Set batch\.rows to about (\d+), or batch\.candidates to (\d+) or less"
     )
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RecipeError, match=message) as raised:
         make_ledger(crowded(), settings, 1, lengths)
+    advised = re.search(r"rows to about (\d+), .* to (\d+) or less", str(raised.value))
+    assert advised is not None
+    rows, candidates = map(int, advised.groups())
+    fitting = make_ledger(crowded(), recipe(candidates=candidates, ignore="document"), 1, lengths)
+    median = fitting.candidates.median
+    assert math.floor(median) == candidates
+    assert rows == math.ceil(6 * 12 / median)
 
 
 def test_a_batch_from_one_page_is_refused_with_its_names(write):
     corpus = dict.fromkeys("abcd", ("scan.pdf", 0))
     dataset = write(corpus, {name: {name: 1} for name in corpus})
-    with pytest.raises(DatasetError, match=r"epoch 0, batch 1: 4 of 4 queries .* same page as"):
+    message = r"epoch 0, batch 1: no query has .* same page as .* one page"
+    with pytest.raises(DatasetError, match=message):
         make_ledger(dataset, recipe(rows=4), 1, lengths)
     assert make_ledger(dataset, recipe(rows=4, ignore="none"), 1, lengths).candidates.median == 4
+
+
+def test_a_query_that_sits_out_stops_no_run_and_is_counted(write, retriever):
+    # of each batch of 3, the queries a and b, of one page, sit out unless c or d is in it
+    corpus = {"a": ("s", 0), "b": ("s", 0), "c": ("t", 0), "d": ("u", 0)}
+    qrels = {name: {name: 1} for name in corpus}
+    qrels["a"] |= {"c": 1, "d": 1}
+    dataset = write(corpus, qrels, is_decodable=True)
+    settings = recipe(rows=3)
+    batches = counted(dataset, settings)
+    out = np.concatenate([each.sits_out for each in batches])
+    assert 0 < out.mean() < 1
+    ledger = make_ledger(dataset, settings, 1, retriever.collator.query_lengths)
+    assert ledger.sitting_out == out.mean()
+    assert f"sitting out  {out.mean():.2%} of queries" in "\n".join(ledger_lines(ledger))
+    assert len(np.concatenate([each.candidates for each in batches])) == (~out).sum()
+    reports = list(train(start_training(retriever, settings), dataset))
+    assert [each.candidates for each in reports] == pytest.approx(
+        [each.candidates.mean() for each in batches]
+    )
+    assert [each.chance for each in reports] == pytest.approx([each.chance for each in batches])
+
+
+def test_one_query_a_batch_needs_judged_negatives(write):
+    dataset = write({"a": ("s", 0), "b": ("t", 0)}, {"a": {"a": 1}, "b": {"b": 1}})
+    message = r"one document, that of '[ab]', .*batch\.rows to 2 or more, or judge a negative"
+    with pytest.raises(DatasetError, match=message):
+        make_ledger(dataset, recipe(rows=1), 1, lengths)
+
+
+def test_a_taught_batch_in_which_nothing_can_be_compared_is_refused(write):
+    names = "abcdef"
+    teacher = {name: {name: 1.0, names[(k + 1) % 6]: 0.0} for k, name in enumerate(names)}
+    dataset = write({n: (n, 0) for n in names}, {n: {n: 1} for n in names}, teacher)
+    settings = {"loss": {"kind": "distillation"}, "rows": 1}
+    assert make_ledger(dataset, recipe(**settings), 1, lengths).sitting_out == 0
+    two = recipe(20, {"kind": "distillation"}, rows=2, hard_negatives=0)
+    with pytest.raises(DatasetError, match=r"2 with a teacher's score .*Raise batch\.hard_neg"):
+        make_ledger(dataset, two, 1, lengths)
 
 
 def test_a_batch_in_which_all_answer_all_is_refused(write):
     corpus = {name: (name, 0) for name in "ab"}
     dataset = write(corpus, {name: {"a": 1, "b": 1} for name in "xy"})
-    with pytest.raises(DatasetError, match=r"2 of 2 queries have nothing to be told from"):
+    message = r"batch 1: no query has anything to be told from: .* 2 documents answers it"
+    with pytest.raises(DatasetError, match=message):
         make_ledger(dataset, recipe(rows=2), 1, lengths)
 
 
@@ -252,17 +336,61 @@ def test_lines_are_few_and_short_and_name_what_computes(crowded):
     names = {"precision": "bf16 autocast", "attention": "sdpa"}
     settings = recipe(steps=40, accumulation=4, candidates=6, hard_negatives=2)
     printed = ledger_lines(make_ledger(crowded(), settings, 4, lengths, names))
-    assert len(printed) <= 10
-    assert max(map(len, printed)) <= 100
+    assert len(printed) <= 12
     assert "computed    precision bf16 autocast, attention sdpa" in printed
     assert any("24 queries: 4 batches of 6, each compared within itself" in p for p in printed)
+
+
+def test_no_line_is_wider_than_a_terminal_and_no_word_is_lost(crowded):
+    ledger = replace(
+        make_ledger(crowded(), recipe(candidates=4), 1, lengths),
+        ranks=1024,
+        rows=131072,
+        rows_of_rank=(127, 129),
+        accumulation=128,
+        documents=Range(201072.0, 251072.5, 261072.0),
+        hard_negatives=1.53,
+        with_hard_negatives=0.72,
+        twice=12345.6,
+        candidates=Range(201072.0, 251072.5, 261072.0),
+        wanted=250000,
+        short_of_wanted=0.123,
+        sitting_out=0.0123,
+        left_out=dict.fromkeys((SAME_PAGE, SAME_DOCUMENT, OTHER_ANSWERS, UNSCORED), 1234.56),
+        copies="exact",
+        loss="info_nce, temperature 0.0123456, both directions",
+        computed_with={
+            "precision": "bf16 autocast",
+            "attention": "flash_attention_2",
+            "x": "y" * 30,
+        },
+    )
+    printed = ledger_lines(ledger)
+    assert max(map(len, printed)) <= 80
+    words = " ".join(printed).split()
+    for name, text in ledger_rows(ledger):
+        assert set(f"{name} {text}".split()) <= set(words)
+    rows = dict(ledger_rows(ledger))
+    masked = "1,234.56 on the page of an answer, 1,234.56 in the document of an answer"
+    assert rows["masked"] == masked
+    assert rows["left out"] == "1,234.56 other answers, 1,234.56 without a teacher's score"
+    assert rows["candidates"].startswith("at most median 251,072.5 (201,072 to")
+    assert rows["asked for"] == "250,000 or more for the median query; 12.3% of queries get fewer"
+    assert rows["copies"].startswith("exact copies of an answer are masked too")
+
+
+def test_what_there_is_nothing_of_has_no_line(crowded):
+    ledger = make_ledger(crowded(), recipe(ignore="none", rows=2, hard_negatives=0), 1, lengths)
+    names = [name for name, _ in ledger_rows(ledger)]
+    assert not {"asked for", "masked", "copies", "sitting out"} & set(names)
+    assert dict(ledger_rows(ledger))["candidates"] == "2 for a query, an answer among them"
 
 
 @pytest.mark.parametrize(
     ("ranks", "settings", "message"),
     [
-        (4, {"rows": 3}, r"4 ranks .* batch\.rows is 3: 1 of them .*--ranks 3"),
-        (1, {"rows": 1, "hard_negatives": 0}, r"info_nce is always 0.* batch\.rows to 2"),
+        (4, {"rows": 3}, r"4 ranks .* batch\.rows is 3: 1 of the ranks .*--ranks 3"),
+        (1, {"rows": 1, "hard_negatives": 0}, r"info_nce is always 0\. Set batch\.rows to 2"),
         (
             1,
             {"rows": 1, "hard_negatives": 0, "loss": {"kind": "pairwise"}},

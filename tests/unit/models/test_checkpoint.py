@@ -6,8 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from colfolio.errors import CheckpointError
-from colfolio.models import Retriever
-from colfolio.models import checkpoint as checkpoint_module
+from colfolio.models import Retriever, checkpoint, hub
 
 WEIGHTS = "model.safetensors"
 
@@ -179,7 +178,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error_of_ours(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("We couldn't connect\nto the hub")
 
-    monkeypatch.setattr(checkpoint_module, "snapshot_download", unreachable)
+    monkeypatch.setattr(hub, "snapshot_download", unreachable)
     with pytest.raises(CheckpointError, match=r"owner/name.*couldn't connect"):
         Retriever.from_pretrained("owner/name")
 
@@ -227,7 +226,7 @@ def test_an_interrupted_save_leaves_the_older_checkpoint(
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module, "save_contract", full)
+    monkeypatch.setattr(checkpoint, "save_contract", full)
     with pytest.raises(OSError, match="No space left"):
         make_retriever(seed=1).save_pretrained(saved)
     assert Retriever.from_pretrained(saved).fingerprint() == shared_retriever.fingerprint()

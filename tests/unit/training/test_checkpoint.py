@@ -1,5 +1,6 @@
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +174,34 @@ def test_other_settings_are_refused_each_by_name(saved, settings):
 def test_other_data_are_refused(saved, settings):
     with pytest.raises(CheckpointError, match="trained on other data"):
         load_checkpoint(saved, settings, "other")
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_ctrl_c_while_a_checkpoint_is_replaced_leaves_one(saved, settings, monkeypatch, at):
+    state = load_checkpoint(saved, settings, DATA)
+    rename, calls = Path.rename, []
+
+    def interrupted(path, target):
+        calls.append(path)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(state, saved.parent, DATA, keep=1)
+    assert [path.name for path in saved.parent.iterdir()] == ["step-000003"]
+    assert load_checkpoint(saved, settings, DATA).step == 3
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(saved, settings):
+    state = load_checkpoint(saved, settings, DATA)
+    with torch.no_grad():
+        state.retriever.projection.weight += 1
+    save_checkpoint(state, saved.parent, DATA, keep=1)
+    assert [path.name for path in saved.parent.iterdir()] == ["step-000003"]
+    again = load_checkpoint(saved, settings, DATA).retriever
+    assert again.fingerprint() == state.retriever.fingerprint()
 
 
 def test_a_failed_save_leaves_what_was_there(saved, settings, monkeypatch):

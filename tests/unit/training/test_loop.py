@@ -114,7 +114,7 @@ def test_an_evaluation_between_two_steps_changes_nothing(trained, make_retriever
 def test_more_rows_than_queries_are_refused(make_retriever, shapes, settings):
     batch = settings.batch.model_copy(update={"rows": 25})
     state = start_training(make_retriever(), settings.model_copy(update={"batch": batch}))
-    with pytest.raises(DatasetError, match=r"batch of 25 queries.*only 24"):
+    with pytest.raises(DatasetError, match=r"a batch has 25 queries.*only 24"):
         next(train(state, shapes))
 
 
@@ -138,7 +138,7 @@ def test_a_loss_that_is_no_number_stops_training(make_retriever, shapes, setting
         next(train(start_training(retriever, settings), shapes))
 
 
-def test_a_query_whose_batch_has_no_negative_is_refused(
+def test_a_batch_in_which_every_query_sits_out_is_refused(
     make_retriever, settings, tmp_path, encode_png, random_image
 ):
     from colfolio.data.dataset import CorpusRow, Query, write_split
@@ -147,7 +147,7 @@ def test_a_query_whose_batch_has_no_negative_is_refused(
     queries = [Query(f"q{n}", f"text {n}") for n in range(6)]
     write_split(tmp_path, "train", rows, queries, {f"q{n}": {f"c{n}": 1} for n in range(6)})
     state = start_training(make_retriever(), settings)
-    with pytest.raises(DatasetError, match="has no negative"):
+    with pytest.raises(DatasetError, match="every query sits out"):
         next(train(state, load_dataset(tmp_path, "train")))
 
 

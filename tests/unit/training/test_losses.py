@@ -143,9 +143,9 @@ def test_a_query_without_a_positive_is_named():
 
 
 def test_a_query_without_a_negative_is_named():
-    with pytest.raises(ValueError, match="query 0 of the batch has no negative among 2 documents"):
+    with pytest.raises(ValueError, match=r"query 0 of the batch has no negative .*\(2\)"):
         check_masks(mask([1, 0], [1, 0]), mask([0, 1], [0, 0]))
-    with pytest.raises(ValueError, match="no negative among 1"):
+    with pytest.raises(ValueError, match=r"no negative among its documents \(1\)"):
         check_masks(mask([1]), mask([0]))
 
 
@@ -156,8 +156,10 @@ def test_a_query_that_ignores_everything_takes_no_part():
 
 
 def test_a_batch_of_which_no_query_takes_part_is_refused():
-    with pytest.raises(ValueError, match="none of the batch's 2 queries takes part"):
+    with pytest.raises(ValueError, match=r"every query sits out .* queries \(2\) .*batch\.rows$"):
         check_masks(mask([0, 0], [0, 0]), mask([1, 1], [1, 1]))
+    with pytest.raises(ValueError, match=r"raise batch\.rows or batch\.hard_negatives"):
+        check_masks(mask([0, 0]), mask([1, 1]), torch.tensor([[1.0, 2.0]]))
 
 
 def test_a_document_both_wanted_and_ignored_is_named():
@@ -169,7 +171,10 @@ def test_a_document_both_wanted_and_ignored_is_named():
     ("scores", "message"),
     [
         ([[1.0, 2.0, 3.0]], r"expected \[2, 3\], found \[1, 3\]"),
-        ([[1.0, 2.0, 3.0], [1.0, float("nan"), 2.0]], "query 1 .* has 1 documents with a teacher"),
+        (
+            [[1.0, 2.0, 3.0], [1.0, float("nan"), 2.0]],
+            "query 1 .* for 1 of its documents .*batch.hard_neg",
+        ),
         ([[1.0, float("-inf"), 3.0], [1.0, 2.0, 2.0]], "query 0 .* infinite teacher score"),
     ],
 )

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from colfolio.errors import ColfolioError
+from colfolio.errors import ColfolioError, RecipeError
 from colfolio.training.optim import (
     OptimiserSettings,
     build_optimiser,
     build_scaler,
+    check_scale,
     learning_rate,
     optimiser_step,
 )
@@ -294,8 +295,26 @@ def test_gradients_that_overflow_at_any_scale_end_the_run(scaled):
     for _ in range(16):
         step([float("nan"), 0.0])
     assert scaler.get_scale() == 1
+    check_scale(scaler)
+    step([float("nan"), 0.0])
     with pytest.raises(FloatingPointError, match="overflow fp16 at a loss scale of 1 already"):
-        step([float("nan"), 0.0])
+        check_scale(scaler)
+
+
+def test_a_step_in_fp16_without_any_gradient_changes_nothing(scaled):
+    layer, optimiser, scaler, step = scaled
+    step([0.3, 0.4])
+    weights = layer.weight.detach().clone()
+    assert optimiser_step(layer, optimiser, 0.1, OptimiserSettings(), scaler).item() == 0
+    assert torch.equal(layer.weight, weights)
+    step([0.3, 0.4])
+    assert not torch.equal(layer.weight, weights)
+
+
+def test_a_model_of_which_nothing_trains_is_refused():
+    layer = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(RecipeError, match="no parameter of the model trains"):
+        build_optimiser(layer, OptimiserSettings())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
