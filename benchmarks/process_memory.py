@@ -14,6 +14,8 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # Blocks above it go back to the system when they are freed, so that the resident size is that of
 # tensors. By itself the limit grows with what is freed, and the peak holds what nobody uses.
 _BLOCKS_RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+# as the command line has it: else oneDNN keeps what it made for every shape that it has seen
+_FEW_SHAPES_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 
 
 def tell_from_fresh_process(script: str, *arguments: str) -> str:
@@ -23,7 +25,7 @@ def tell_from_fresh_process(script: str, *arguments: str) -> str:
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        env=os.environ | _BLOCKS_RETURNED,
+        env=os.environ | _BLOCKS_RETURNED | _FEW_SHAPES_KEPT,
     )
     return told.stdout.splitlines()[-1]
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -43,6 +44,10 @@ def main() -> None:
     """Run the command line and exit with its code."""
     from colfolio.errors import ColfolioError
 
+    # oneDNN, and torch's way to it, keep what they made for 1,024 shapes: hundreds of MiB where
+    # every batch has shapes of its own; both read these at the first product
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
     try:
         app()
     except (ColfolioError, FloatingPointError) as error:
