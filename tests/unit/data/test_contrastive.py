@@ -144,9 +144,17 @@ def test_a_judged_negative_comes_along_and_is_a_negative_even_on_the_page_of_the
 def test_the_positive_of_another_query_is_not_ignored_where_it_is_a_judged_negative(
     write, first_batch
 ):
+    corpus = {"a": ("one", 0), "b": ("one", 0), "c": ("two", 0)}
+    queries = {"x": {"a": 1, "b": 0}, "xy": {"b": 1}, "xyz": {"c": 1}}
+    marks = first_batch(write(corpus, queries), rows=3)
+    assert marks["x"] == {"a": "+", "b": "-", "c": "-"}
+    assert marks["xy"] == {"a": "ignored", "b": "+", "c": "-"}
+
+
+def test_a_query_with_nothing_to_be_told_from_sits_out(write, first_batch):
     corpus = {"a": ("one", 0), "b": ("one", 0)}
     marks = first_batch(write(corpus, {"x": {"a": 1, "b": 0}, "xy": {"b": 1}}), rows=2)
-    assert marks == {"x": {"a": "+", "b": "-"}, "xy": {"a": "ignored", "b": "+"}}
+    assert marks == {"x": {"a": "+", "b": "-"}, "xy": {"a": "ignored", "b": "ignored"}}
 
 
 def test_what_answers_a_query_of_equal_text_is_no_judged_negative(write, first_batch):
@@ -266,7 +274,7 @@ def crowded(write):
 
 
 @pytest.mark.parametrize("ignore", ["page", "document", "none"])
-def test_a_document_is_never_positive_and_ignored_and_every_query_has_a_positive(
+def test_a_document_is_never_positive_and_ignored_and_a_query_has_a_positive_or_sits_out(
     crowded, shared_retriever, ignore
 ):
     settings = BatchSettings(rows=4, ignore=ignore)
@@ -274,7 +282,10 @@ def test_a_document_is_never_positive_and_ignored_and_every_query_has_a_positive
     for drawn in islice(source.batches(START), 12):
         batch = drawn.batch
         assert not (batch.positives & batch.ignored).any()
-        assert batch.positives.any(dim=1).all()
+        sits_out = batch.ignored.all(dim=1)
+        assert torch.equal(batch.positives.any(dim=1), ~sits_out)
+        negatives = ~(batch.positives | batch.ignored)
+        assert torch.equal(negatives.any(dim=1), ~sits_out)
         assert batch.positives.shape == (len(batch.queries), len(batch.documents))
 
 
