@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 
 Precision = Literal["auto", "fp32", "bf16"]
+Target = Literal["colfolio", "colpali-engine", "transformers", "sentence-transformers"]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings as key=value, with dots for nesting.")
 ]
@@ -105,11 +106,26 @@ def init(
         str | None, typer.Option(help="Whose training queries teach a shape's tokenizer.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
+    vision: Annotated[
+        str | None, typer.Option(help="Qwen2-VL whose vision tower a text decoder gets.")
+    ] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="Positions grafted onto that decoder; qwen2_vl if unset.")
+    ] = None,
 ) -> None:
     """Make a base to train from; its projection is drawn at random once and kept."""
     from colfolio.commands.init import init_command
 
-    init_command(base, out, dim=dim, seed=seed, dataset=dataset, revision=revision)
+    init_command(
+        base,
+        out,
+        dim=dim,
+        seed=seed,
+        dataset=dataset,
+        revision=revision,
+        vision=vision,
+        scheme=scheme,
+    )
 
 
 @app.command()
@@ -255,6 +271,36 @@ def search(
     from colfolio.commands.search import search_command
 
     search_command(index, query, top_k, images_to=images, model=model, page_score=page_score)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Checkpoint or adapter: folder or hub id.")],
+    to: Annotated[Target, typer.Option(help="The library that is to read it.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    adapter: Annotated[bool, typer.Option("--adapter", help="The adapter alone.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="The base with its adapter in it.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(help="Hub id, owner/name, of a repository that gets it.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make that repository a private one.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Of the model's hub id.")] = None,
+) -> None:
+    """Write a model as the files of another library, and push it if asked."""
+    from colfolio.commands.export import export_command
+
+    export_command(
+        *(model, to, out),
+        adapter=adapter,
+        merged=merge,
+        push_to=push,
+        private=private,
+        revision=revision,
+    )
 
 
 def _fail(message: str) -> None:

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw  # noqa: E402
 
 from colfolio.data.dataset import CorpusRow, Query, write_split  # noqa: E402
 from colfolio.models import Shape, base_from_shape, train_tokenizer  # noqa: E402
+from colfolio.models.families import FAMILIES  # noqa: E402
 
 # tiny tensors gain nothing from a second thread, and on a busy machine wait for it
 _THREADS = 1
@@ -44,7 +45,6 @@ def tiny_shape():
         {
             "dim": 16,
             "backbone": {
-                "tie_word_embeddings": False,
                 "text_config": {
                     "hidden_size": 32,
                     "intermediate_size": 48,
@@ -78,6 +78,106 @@ def tiny_shape():
             "tokenizer": {"vocab_size": 300},
         }
     )
+
+
+# What the tiny shape of another family has instead.
+_OTHER_SHAPES = {
+    "qwen2_vl": {},
+    "qwen2_5_vl": {
+        "vision_config": {
+            "depth": 3,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "window_size": 56,  # 2 x 2 tokens
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 3,
+            "initializer_range": 0.2,
+        },
+    },
+    "qwen3_vl": {
+        "text_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.2,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 100.0,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {
+            "depth": 3,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,  # 4 x 4
+            "deepstack_visual_indexes": [1, 2],
+            "initializer_range": 0.2,
+        },
+    },
+    "colfolio_grafted": {
+        "text_config": {
+            "model_type": "qwen2",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.2,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        },
+        "mrope_section": [2, 1, 1],
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_shape_of(tiny_shape):
+    """The tiny shape of a family: two or three layers a tower, all that is its own in use."""
+
+    def shape_of(family):
+        row = FAMILIES[family]
+        budget = tiny_shape.pixel_budget.model_dump()
+        if row.pixel_budget.patch == 16:
+            limits = {"min_pixels": 1024, "max_pixels": 65536}
+            budget = row.pixel_budget.model_dump() | limits
+        templates = tiny_shape.templates.model_dump() | {"time_stamp": row.templates.time_stamp}
+        values = tiny_shape.model_dump() | {
+            "family": family,
+            "backbone": tiny_shape.backbone | _OTHER_SHAPES[family],
+            "pixel_budget": budget,
+            "templates": templates,
+        }
+        return Shape.model_validate(values)
+
+    return shape_of
+
+
+@pytest.fixture
+def make_family_retriever(tiny_shape_of, tiny_tokenizer):
+    """Builds the tiny retriever of a family, by its `model_type`."""
+
+    def make(family, seed=0, text=None, vision=None, **values):
+        tiny = tiny_shape_of(family)
+        backbone = copy.deepcopy(tiny.backbone)
+        backbone["text_config"] |= text or {}
+        backbone["vision_config"] |= vision or {}
+        shape = tiny.model_copy(update={"backbone": backbone} | values)
+        return base_from_shape(shape, tiny_tokenizer, seed)
+
+    return make
 
 
 @pytest.fixture(scope="session")

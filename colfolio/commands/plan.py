@@ -28,9 +28,10 @@ from colfolio.diagnosis.planning import (
     named_gpu,
     this_machine,
 )
-from colfolio.models.checkpoint import hidden_size, load_config, load_tokenizer
+from colfolio.models.checkpoint import hidden_size
 from colfolio.models.contract import check_contract, load_contract
 from colfolio.models.families import family_of
+from colfolio.models.files import load_config, load_tokenizer
 from colfolio.models.hub import local_folder
 from colfolio.models.retriever import Retriever
 

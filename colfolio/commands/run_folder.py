@@ -143,10 +143,27 @@ class RunFolder:
         rows = map(json.loads, self.log.read_text(encoding="utf-8").splitlines())
         return next((row for row in reversed(list(rows)) if row["kind"] == kind), None)
 
+    def metrics(self) -> dict[str, float]:
+        """What the last evaluation of the run came to, by split and metric."""
+        row = self.last("evaluation") or {}
+        about = ("kind", "step", "split")
+        return {f"{row['split']} {name}": row[name] for name in row if name not in about}
+
     def append(self, kind: str, values: dict[str, Any]) -> None:
         """Write one line of the log; it is on its way to the disk when this returns."""
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind} | values) + "\n")
+
+
+def told_recipe(recipe: TrainRecipe) -> dict[str, Any]:
+    """What a model's contract tells of its recipe: folders by name, as paths are of one machine."""
+    values = recipe.model_dump(mode="json", exclude={"out"})
+    return values | {"model": _name(recipe.model), "dataset": dataset_name(recipe)}
+
+
+def dataset_name(recipe: TrainRecipe) -> str:
+    """A hub id, or the name of a folder or file."""
+    return _name(recipe.dataset)
 
 
 def recipe_of(run: Path, overrides: Sequence[str] = ()) -> TrainRecipe:
@@ -168,3 +185,8 @@ def recipe_of(run: Path, overrides: Sequence[str] = ()) -> TrainRecipe:
                 f"which is {', '.join(free)}; start a new run"
             )
     return recipe
+
+
+def _name(path_or_id: str) -> str:
+    path = Path(path_or_id)
+    return path.name if path.is_absolute() or path.exists() else path_or_id

@@ -22,7 +22,13 @@ import torch.distributed as dist
 from colfolio.commands.console import console
 from colfolio.commands.live import LiveTraining
 from colfolio.commands.ranks import ranks_to_start
-from colfolio.commands.run_folder import RunFolder, TrainRecipe, recipe_of
+from colfolio.commands.run_folder import (
+    RunFolder,
+    TrainRecipe,
+    dataset_name,
+    recipe_of,
+    told_recipe,
+)
 from colfolio.config import load_settings
 from colfolio.data.dataset import RetrievalDataset, load_dataset
 from colfolio.diagnosis import Ledger, check_reachable, ledger_lines, make_ledger
@@ -262,7 +268,9 @@ def _run(
             if stop:
                 _say_stopped(state, report, run)
                 raise KeyboardInterrupt
-    save_model(state, run.model)
+    data = {f"{dataset_name(recipe)} {recipe.split}": splits.train.fingerprint}
+    metrics = run.metrics() if state.world.is_main else None
+    save_model(state, run.model, recipe=told_recipe(recipe), data=data, metrics=metrics)
     if live:
         _say_cache(state.exact.cache)
         _say(f"{run.model}: trained for {recipe.train.steps} steps")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from colfolio.batch import Packed, offsets_of
 from colfolio.data.patches import PixelBudget, target_size, to_patches
 from colfolio.data.prompts import Prompter
 from colfolio.data.video import Clip
-from colfolio.mrope import IMAGE, SCHEMES, TEXT, VIDEO, position_ids
+from colfolio.mrope import IMAGE, TEXT, VIDEO, position_ids, scheme_of
 
 # "_": images of one call may differ in size
 Pixels = UInt8[np.ndarray, "_H _W 3"]
@@ -26,15 +27,18 @@ class Collator:
     Args:
         prompter: templates and tokenizer.
         budget: how images are resized and cut.
-        position_scheme: a name of `colfolio.mrope.SCHEMES`.
+        position_scheme: a name of `colfolio.mrope.SCHEMES`, or with settings as a contract has it.
     """
 
     def __init__(
-        self, prompter: Prompter, budget: PixelBudget, position_scheme: str = "qwen2_vl"
+        self,
+        prompter: Prompter,
+        budget: PixelBudget,
+        position_scheme: str | Mapping[str, Any] = "qwen2_vl",
     ) -> None:
         self.prompter = prompter
         self.budget = budget
-        self.position_scheme = position_scheme
+        self.scheme = scheme_of(position_scheme)
 
     def queries(self, texts: Sequence[str]) -> Packed:
         """One row a text."""
@@ -47,9 +51,11 @@ class Collator:
         frames = [each.frames if isinstance(each, Clip) else each[None] for each in documents]
         patches, grids = to_patches(frames, self.budget)
         counts = (grids.prod(dim=1) // self.budget.merge**2).tolist()
-        ids = self.prompter.document_ids(counts, clips)
-        seconds = [clip.seconds_per_frame * self.budget.temporal_patch for clip in clips.values()]
-        if not SCHEMES[self.position_scheme].needs_seconds:
+        depth = self.budget.temporal_patch
+        times = {row: _step_times(clip, depth) for row, clip in clips.items()}
+        ids = self.prompter.document_ids(counts, times)
+        seconds = [clip.seconds_per_frame * depth for clip in clips.values()]
+        if not self.scheme.needs_seconds:
             seconds = []
         is_clip = torch.tensor([row in clips for row in range(len(documents))], dtype=torch.bool)
         return self._packed(ids, patches, grids, seconds, is_clip)
@@ -89,9 +95,16 @@ class Collator:
             offsets,
             image_grid_thw=grids if is_clip is None else grids[~is_clip],
             video_grid_thw=None if is_clip is None else grids[is_clip],
-            scheme=self.position_scheme,
+            scheme=self.scheme,
             spatial_merge_size=self.budget.merge,
             second_per_grid_ts=seconds or None,
         )
         grids_of_rows = torch.arange(len(rows) + 1) if len(grids) else torch.zeros_like(offsets)
         return Packed(token_ids, offsets, positions, patches, grids, grids_of_rows)
+
+
+def _step_times(clip: Clip, depth: int) -> list[float]:
+    """Seconds in the middle of each step of `depth` frames; a step may end early with the clip."""
+    last = len(clip.frames) - 1
+    spans = [(first, min(first + depth - 1, last)) for first in range(0, last + 1, depth)]
+    return [sum(frame * clip.seconds_per_frame for frame in span) / 2 for span in spans]

@@ -1,7 +1,8 @@
-"""Frames to the flat patches and grids that a Qwen2-VL vision tower reads.
+"""Frames to the flat patches and grids that a vision tower of the Qwen-VL families reads.
 
 Equal to `Qwen2VLImageProcessorPil` of `transformers` for images. Letters: T frames, H x W pixels,
-P patches of 14 x 14 pixels and 2 frames, in the order in which 2 x 2 of them merge into one token.
+P patches of 14 x 14 or 16 x 16 pixels and 2 frames, in the order in which 2 x 2 of them merge into
+one token.
 """
 
 from __future__ import annotations
@@ -20,9 +21,7 @@ from colfolio.config import Settings
 from colfolio.data.pages.images import MAX_ASPECT
 from colfolio.errors import DocumentError
 
-# Per channel, of pixels in 0..1: OpenAI's CLIP, which Qwen2-VL keeps.
-_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
-_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+Channels = tuple[float, float, float]
 
 # "_": clips of one call may differ in every size
 Frames = UInt8[np.ndarray, "_T _H _W 3"]
@@ -31,7 +30,9 @@ Frames = UInt8[np.ndarray, "_T _H _W 3"]
 class PixelBudget(Settings):
     """How large an image enters the model: its sides become multiples of `patch * merge` pixels.
 
-    Pixel counts bound height times width; a token covers `(patch * merge) ** 2` of them.
+    Pixel counts bound height times width; a token covers `(patch * merge) ** 2` of them. Of each
+    channel, in 0..1, `mean` is taken away, and the rest divided by `std`; as a rule those of
+    OpenAI's CLIP, which Qwen2-VL and Qwen2.5-VL keep.
     """
 
     min_pixels: int = Field(default=56 * 56, ge=1)
@@ -39,11 +40,20 @@ class PixelBudget(Settings):
     patch: int = Field(default=14, ge=1)
     merge: int = Field(default=2, ge=1)
     temporal_patch: int = Field(default=2, ge=1)
+    mean: Channels = (0.48145466, 0.4578275, 0.40821073)
+    std: Channels = (0.26862954, 0.26130258, 0.27577711)
 
     @model_validator(mode="after")
     def _check_order(self) -> PixelBudget:
         if self.max_pixels < self.min_pixels:
             raise ValueError(f"max_pixels {self.max_pixels} is below min_pixels {self.min_pixels}")
+        if not all(map(math.isfinite, self.mean)) or not all(
+            0 < one < math.inf for one in self.std
+        ):
+            raise ValueError(
+                "mean must be finite and std above 0 and finite, received "
+                f"mean {self.mean} and std {self.std}"
+            )
         return self
 
     @property
@@ -120,8 +130,10 @@ def _cut(clips: np.ndarray, budget: PixelBudget) -> tuple[np.ndarray, tuple[int,
     )
     # [n, t, h_block, w_block, h_in_block, w_in_block, channel, frame, y, x]
     blocks = blocks.transpose(0, 1, 3, 6, 4, 7, 9, 2, 5, 8)
-    scale = (1 / (255 * _STD)).reshape(3, 1, 1, 1)
-    shift = (-_MEAN / _STD).reshape(3, 1, 1, 1)
+    mean, std = (
+        np.array(each, dtype=np.float32).reshape(3, 1, 1, 1) for each in (budget.mean, budget.std)
+    )
+    scale, shift = 1 / (255 * std), -mean / std
     pixels = blocks.astype(np.float32, order="C")
     pixels *= scale
     pixels += shift

@@ -6,103 +6,71 @@ that is drawn anew at each load is another model each time.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch import nn
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PretrainedConfig
 
-from colfolio.config import Settings
 from colfolio.data.patches import PixelBudget
-from colfolio.data.prompts import IMAGE_TOKEN, VIDEO_TOKEN, Templates
+from colfolio.data.prompts import Templates
 from colfolio.errors import CheckpointError
 from colfolio.models.checkpoint import (
-    cast_parameters,
+    assemble,
+    check_tokenizer,
+    empty_backbone,
     hidden_size,
-    load_config,
-    load_tokenizer,
 )
-from colfolio.models.contract import Contract, check_contract, hash_weights
-from colfolio.models.families import CONFIG_ERRORS, family_of
-from colfolio.models.hub import local_folder
+from colfolio.models.contract import (
+    CONTRACT_FILE,
+    PROJECTION,
+    Contract,
+    Source,
+    check_contract,
+    hash_weights,
+    projection_of,
+    versions,
+)
+from colfolio.models.drawing import draw_normal, draw_weights
+from colfolio.models.families import family_of, position_scheme_of
+from colfolio.models.files import load_config, load_tokenizer
+from colfolio.models.formats.images import pixel_budget_of
+from colfolio.models.formats.reading import read_backbone
+from colfolio.models.grafting import grafted_backbone
+from colfolio.models.hub import Location, locate
 from colfolio.models.retriever import Retriever
-
-VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-_SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    VISION_START,
-    VISION_END,
-    IMAGE_TOKEN,
-    VIDEO_TOKEN,
-)
-
-
-class TokenizerSettings(Settings):
-    """A byte-level byte-pair vocabulary trained on the queries of a training split."""
-
-    vocab_size: int = 512
-    lowercase: bool = True
-
-
-class Shape(Settings):
-    """A backbone from scratch, and how it is used.
-
-    Args:
-        family: a `model_type` of `models/families.py`.
-        backbone: keywords of the family's configuration, with `text_config` and `vision_config`.
-        dim: dimensions of each vector.
-        templates, pixel_budget, views: see `Contract`.
-        tokenizer: how its vocabulary is trained.
-    """
-
-    family: str = "qwen2_vl"
-    backbone: dict[str, Any]
-    dim: int = 128
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    templates: Templates = Templates()
-    pixel_budget: PixelBudget = PixelBudget()
-    views: Literal["page", "tiles", "strips"] = "page"
-    tokenizer: TokenizerSettings = TokenizerSettings()
+from colfolio.models.shape import SPECIAL_TOKENS, Shape, config_of_shape
+from colfolio.models.weights import listed
+from colfolio.mrope import Qwen3VL
 
 
 def base_from_shape(shape: Shape, tokenizer: Tokenizer, seed: int) -> Retriever:
-    """A base with random weights of a shape; equal seeds give equal weights.
+    """A base with random weights of a shape; equal seeds give equal weights, on any machine.
 
     Args:
         tokenizer: its special tokens give the ids of image placeholders, its size the embedding's.
-        seed: of the weights; no other generator is touched.
+        seed: of the weights; no generator is touched.
 
     Raises:
         CheckpointError: the shape's keywords do not fit its family.
     """
+    _check_drawn(shape.dim, seed)
     family = family_of(shape.family, "shape")
-    values: dict[str, Any] = shape.backbone | _token_ids(tokenizer)
-    text: dict[str, Any] = dict(values.get("text_config", {}))
-    text.setdefault("vocab_size", tokenizer.get_vocab_size())
-    if text["vocab_size"] < tokenizer.get_vocab_size():
-        raise CheckpointError(
-            f"the shape's vocab_size is {text['vocab_size']}, but its tokenizer has "
-            f"{tokenizer.get_vocab_size()} tokens"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        try:
-            build: Any = family.config
-            config = build(**(values | {"text_config": text}))
-            _check_keys(values, config)
-            backbone = family.backbone(config)
-            cast_parameters(backbone, getattr(torch, shape.dtype))
-        except CONFIG_ERRORS as error:
-            raise CheckpointError(f"shape of family {shape.family}: {error}") from None
-        projection = _projection(backbone, shape.dim)
-    return _retriever(
-        backbone, projection, tokenizer, shape.templates, shape.pixel_budget, shape.views
-    )
+    config = config_of_shape(shape, tokenizer)
+    dtype = getattr(torch, shape.dtype)
+    origin = f"shape of family {shape.family}"
+    weights = draw_weights(empty_backbone(config, origin), seed, dtype)
+    said = shape.templates.model_dump(exclude_unset=True)
+    templates = Templates.model_validate(family.templates.model_dump() | said)
+    said = shape.pixel_budget.model_dump(exclude_unset=True)
+    pixel_budget = PixelBudget.model_validate(family.pixel_budget.model_dump() | said)
+    weights |= _projection(config, shape.dim, seed, dtype)
+    contract = _contract(config, weights, templates, pixel_budget, origin)
+    contract = contract.model_copy(update={"views": shape.views})
+    return Retriever(*assemble(config, weights, shape.dim, origin), tokenizer, contract)
 
 
 def base_from_weights(
@@ -110,104 +78,131 @@ def base_from_weights(
 ) -> Retriever:
     """A base from published weights of a backbone, with a projection drawn once.
 
+    Images enter as the folder's processor says, but no larger than the family's table has it: a
+    model that chats about a page may read thousands of tokens of it, a retriever keeps them all.
+
     Raises:
         CheckpointError: the weights are not exactly those of the backbone, a language-model head
-            aside.
+            aside, or they are those of a retriever.
     """
-    folder = local_folder(path_or_id, revision)
-    family = family_of(load_config(folder).model_type, str(folder))
-    builder: Any = family.backbone
-    backbone, found = builder.from_pretrained(folder, output_loading_info=True, dtype="auto")
-    if found["missing_keys"] or found["mismatched_keys"]:
+    _check_drawn(dim, seed)
+    location = locate(path_or_id, revision)
+    folder, origin = location.folder, str(location.folder)
+    config = load_config(folder)
+    weights = read_backbone(folder)
+    trained = sorted(projection_of(weights))
+    if trained or (folder / CONTRACT_FILE).exists():
         raise CheckpointError(
-            f"{folder}: tensors missing or of another shape: "
-            f"{sorted(found['missing_keys'])[:20]} {sorted(found['mismatched_keys'])[:20]}"
+            f"{folder}: is a retriever already ({listed(trained) if trained else CONTRACT_FILE}); "
+            "train it further from this folder, without `init`"
         )
-    unexpected = [name for name in found["unexpected_keys"] if not name.startswith("lm_head.")]
-    if unexpected:
-        raise CheckpointError(
-            f"{folder}: tensors that the backbone does not have: {sorted(unexpected)[:20]}; "
-            "a retriever is trained further from its own folder, without `init`"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        projection = _projection(backbone, dim)
+    embedding = weights.get("language_model.embed_tokens.weight")
+    weights |= _projection(config, dim, seed, embedding.dtype if embedding is not None else None)
+    backbone, projection = assemble(config, weights, dim, origin)
+    family = family_of(config.model_type, origin)
+    budget, assumed = _pixel_budget(folder, config)
+    contract = _contract(config, weights, family.templates, budget, origin)
+    contract = contract.model_copy(update={"source": _source(location), "assumed": tuple(assumed)})
     tokenizer = load_tokenizer(folder)
-    return _retriever(backbone, projection, tokenizer, Templates(), PixelBudget(), "page")
+    check_tokenizer(tokenizer, config, origin)
+    return Retriever(backbone, projection, tokenizer, contract)
 
 
-def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> Tokenizer:
-    """A byte-level BPE tokenizer with the family's special tokens, from these texts alone."""
-    tokenizer = Tokenizer(models.BPE())
-    steps: list[Any] = [normalizers.NFKC()]
-    tokenizer.normalizer = normalizers.Sequence(
-        [*steps, normalizers.Lowercase()] if settings.lowercase else steps
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocab_size,
-        special_tokens=list(_SPECIAL),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+def base_from_graft(
+    decoder: str | Path,
+    vision: str | Path,
+    dim: int,
+    seed: int,
+    scheme: str | None = None,
+    revision: str | None = None,
+) -> Retriever:
+    """A base from a text decoder with M-RoPE and the vision tower of a Qwen2-VL.
+
+    What else than the projection had to be drawn stands in the contract, under `assumed`.
+
+    Args:
+        decoder, vision: hub ids or folders, see `grafted_backbone`.
+        scheme: of positions; None takes that of a decoder grafted before, or else `qwen2_vl`.
+        revision: of the decoder's hub id.
+
+    Raises:
+        CheckpointError: the weights are not exactly those of the towers, a language-model head
+            aside, or the towers do not fit together.
+    """
+    _check_drawn(dim, seed)
+    sources = locate(decoder, revision), locate(vision)
+    text, tower = (location.folder for location in sources)
+    origin = f"{text} with the vision tower of {tower}"
+    found = grafted_backbone(text, tower, SPECIAL_TOKENS, scheme, seed)
+    dtype = next(iter(found.weights.values())).dtype
+    weights = found.weights | _projection(found.config, dim, seed, dtype)
+    backbone, projection = assemble(found.config, weights, dim, origin)
+    family = family_of(found.config.model_type, origin)
+    if isinstance(family.scheme(found.config), Qwen3VL):  # its clips need text between their steps
+        family = family_of("qwen3_vl", origin)
+    budget, assumed = _pixel_budget(tower, found.config)
+    contract = _contract(found.config, weights, family.templates, budget, origin)
+    updated = {"source": _source(*sources), "assumed": (*found.drawn, *assumed)}
+    contract = contract.model_copy(update=updated)
+    return Retriever(backbone, projection, found.tokenizer, contract)
 
 
-def _check_keys(values: Mapping[str, Any], config: Any) -> None:
-    """`transformers` keeps keywords that it does not know; a shape means each of its own."""
-    kinds = [kind for kind in type(config).__mro__ if "__init__" in vars(kind)]
-    known = {name for kind in kinds for name in inspect.signature(kind.__init__).parameters}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{type(config).__name__} has no keywords {unknown}")
-    for name in ("text_config", "vision_config"):
-        if name in values:
-            try:
-                _check_keys(values[name], getattr(config, name))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+def _check_drawn(dim: int, seed: int) -> None:
+    if dim < 1 or seed < 0:
+        raise CheckpointError(
+            f"vectors have 1 dimension or more and a seed is 0 or more, received dim {dim} and "
+            f"seed {seed}"
+        )
 
 
-def _projection(backbone: Any, dim: int) -> nn.Linear:
+def _projection(
+    config: PretrainedConfig, dim: int, seed: int, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
     """Normal weights that keep the variance of their input, no bias at the start."""
-    width = hidden_size(backbone.config)
-    dtype = backbone.language_model.embed_tokens.weight.dtype
-    projection = nn.Linear(width, dim)
-    nn.init.normal_(projection.weight, std=width**-0.5)
-    nn.init.zeros_(projection.bias)
-    return projection.to(dtype)
-
-
-def _token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    width = hidden_size(config)
+    dtype = dtype or torch.float32
+    name = f"{PROJECTION}weight"
     return {
-        "image_token_id": tokenizer.token_to_id(IMAGE_TOKEN),
-        "video_token_id": tokenizer.token_to_id(VIDEO_TOKEN),
-        "vision_start_token_id": tokenizer.token_to_id(VISION_START),
-        "vision_end_token_id": tokenizer.token_to_id(VISION_END),
+        name: draw_normal((dim, width), 1 / math.sqrt(width), seed, name, dtype),
+        f"{PROJECTION}bias": torch.zeros(dim, dtype=dtype),
     }
 
 
-def _retriever(
-    backbone: Any,
-    projection: nn.Linear,
-    tokenizer: Tokenizer,
+def _source(*locations: Location) -> Source:
+    """Hub ids and their commits; of a folder the name alone, as its path is of this machine."""
+    names = [each.hub_id or each.folder.resolve().name for each in locations]
+    commits = [each.commit or "no commit" for each in locations]
+    has_commit = any(each.commit for each in locations)
+    return Source(name=" + ".join(names), revision=" + ".join(commits) if has_commit else None)
+
+
+def _pixel_budget(folder: Path, config: PretrainedConfig) -> tuple[PixelBudget, list[str]]:
+    """The folder's, no larger than the family's, and what was assumed of it."""
+    found, assumed = pixel_budget_of(folder, config)
+    most = family_of(config.model_type, str(folder)).pixel_budget.max_pixels
+    return found.model_copy(update={"max_pixels": min(found.max_pixels, most)}), assumed
+
+
+def _contract(
+    config: PretrainedConfig,
+    weights: Mapping[str, Tensor],
     templates: Templates,
     pixel_budget: PixelBudget,
-    views: str,
-) -> Retriever:
+    origin: str,
+) -> Contract:
+    """What a base of these weights promises.
+
+    Raises:
+        CheckpointError: its backbone cannot keep that.
+    """
     contract = Contract(
-        dim=projection.out_features,
+        dim=len(weights[f"{PROJECTION}weight"]),
         templates=templates,
         pixel_budget=pixel_budget,
-        position_scheme=family_of(backbone.config.model_type, "backbone").position_scheme,
-        views=views,
-        base_hash="",
+        position_scheme=position_scheme_of(config, origin),
+        base_hash=hash_weights(weights),
+        projection_hash=hash_weights(projection_of(weights)),
+        versions=versions(),
     )
-    check_contract(contract, backbone.config, "the base")
-    retriever = Retriever(backbone, projection, tokenizer, contract)
-    retriever.contract = contract.model_copy(
-        update={"base_hash": hash_weights(retriever.weights())}
-    )
-    return retriever
+    check_contract(contract, config, origin)
+    return contract

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from colfolio.batch import Packed, offsets_of
+from colfolio.models.towers import deepstack_blocks, entrances, exits
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,8 @@ class Border:
     """So many layers of a tower, and all that runs before them, lie below.
 
     What comes out at the border of the vision tower is one row a patch; of the text tower one row a
-    token, or, below its first layer, one row a visual token: what the vision tower made of it.
+    token, or, below its first layer, one row a visual token: what the vision tower made of it, with
+    the features of deepstack. Where those are, a border lies below all or above all of them.
     """
 
     tower: Literal["vision", "text"]
@@ -48,11 +50,15 @@ def frozen_border(backbone: Any, *, is_visual: bool) -> Border | None:
     visual, text = backbone.visual, backbone.language_model
     if is_visual:
         blocks = _num_frozen(visual.blocks)
-        if not _is_frozen(visual.patch_embed):
+        if not all(map(_is_frozen, entrances(visual))):
             return None
-        if blocks < len(visual.blocks) or not _is_frozen(visual.merger):
+        if blocks < len(visual.blocks) or not all(map(_is_frozen, exits(visual))):
+            # what comes out of a deepstack block is still there at a border right behind it
+            blocks = min([blocks, *(number + 1 for number in deepstack_blocks(visual))])
             return Border("vision", blocks) if blocks else None
     layers = _num_frozen(text.layers) if _is_frozen(text.embed_tokens) else 0
+    if is_visual and layers < len(deepstack_blocks(visual)):
+        layers = 0  # features would have to be added on both sides
     return Border("text", layers) if layers or is_visual else None
 
 
@@ -60,7 +66,7 @@ def frozen_parts(backbone: Any, border: Border) -> list[nn.Module]:
     """The modules below a border, in the order in which they run."""
     visual, text = backbone.visual, backbone.language_model
     if border.tower == "vision":
-        return [visual.patch_embed, visual.rotary_pos_emb, *visual.blocks[: border.layers]]
+        return [*entrances(visual), visual.rotary_pos_emb, *visual.blocks[: border.layers]]
     if not border.layers:
         return [visual]
     return [visual, text.embed_tokens, text.rotary_emb, *text.layers[: border.layers]]

@@ -1,10 +1,7 @@
-"""A checkpoint folder: weights, configuration, tokenizer, contract; read strictly."""
+"""A checkpoint folder as a model: read strictly in any known format, written in our own."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,44 +11,93 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from colfolio.data.prompts import IMAGE_TOKEN, VIDEO_TOKEN, Templates
 from colfolio.errors import CheckpointError
-from colfolio.models.contract import Contract, check_contract, load_contract, save_contract
+from colfolio.models import formats
+from colfolio.models.contract import PROJECTION, Contract, Source, check_contract, check_saved
 from colfolio.models.families import CONFIG_ERRORS, family_of
-from colfolio.models.hub import local_folder
-from colfolio.models.weights import WEIGHTS_FILE, read_weights, write_weights
-
-CONFIG_FILE = "config.json"
-TOKENIZER_FILE = "tokenizer.json"
-PROJECTION = "custom_text_proj."
+from colfolio.models.files import CONFIG_FILE, TOKENIZER_FILE
+from colfolio.models.hub import Location
+from colfolio.models.weights import check_dtypes, listed
 
 
 def load_parts(
-    path_or_id: str | Path, revision: str | None = None
+    location: Location, templates: Templates | None = None
 ) -> tuple[PreTrainedModel, nn.Linear, Tokenizer, Contract]:
-    """Backbone, projection, tokenizer and contract of a checkpoint folder or hub id.
+    """Backbone, projection, tokenizer and contract of a checkpoint; a hub id's commit is pinned.
+
+    Args:
+        templates: for a checkpoint of another library, in place of those that it uses today.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the tensors are not exactly those of the
-            architecture; all missing and unexpected names are listed.
+        CheckpointError: a file is missing or damaged, its format is not known, or the tensors are
+            not exactly those of the architecture; all missing and unexpected names are listed.
     """
-    folder = local_folder(path_or_id, revision)
-    contract = load_contract(folder)
-    config = load_config(folder)
-    check_contract(contract, config, str(folder))
-    weights = read_weights(folder)
+    origin = str(location.folder)
+    found = formats.read(location.folder, templates)
+    check_contract(found.contract, found.config, origin)
+    check_tokenizer(found.tokenizer, found.config, origin)
+    backbone, projection = assemble(found.config, found.weights, found.contract.dim, origin)
+    contract = check_saved(found.contract, found.weights, origin)
+    if location.hub_id is not None:
+        source = Source(name=location.hub_id, revision=location.commit)
+        contract = contract.model_copy(update={"source": source})
+    return backbone, projection, found.tokenizer, contract
+
+
+def assemble(
+    config: PretrainedConfig, weights: Mapping[str, Tensor], dim: int, origin: str
+) -> tuple[PreTrainedModel, nn.Linear]:
+    """Backbone and projection of exactly these weights; nothing is drawn or copied.
+
+    Args:
+        weights: by the names of `Retriever.weights`.
+
+    Raises:
+        CheckpointError: the configuration fits no model, or the weights are not exactly those of
+            the architecture; all missing and unexpected names are listed.
+    """
+    backbone = empty_backbone(config, origin)
     with torch.device("meta"):
-        try:
-            backbone = family_of(config.model_type, str(folder)).backbone(config)
-        except CONFIG_ERRORS as error:
-            raise CheckpointError(f"{folder / CONFIG_FILE}: fits no model: {error}") from None
-        projection = nn.Linear(hidden_size(config), contract.dim)
-    _check_names(backbone, projection, weights, folder)
+        projection = nn.Linear(hidden_size(config), dim)
+    _check_names(backbone, projection, weights, origin)
+    check_dtypes(weights, PROJECTION, origin)
     mine = {k.removeprefix(PROJECTION): v for k, v in weights.items() if k.startswith(PROJECTION)}
     rest = {k: v for k, v in weights.items() if not k.startswith(PROJECTION)}
     backbone.load_state_dict(rest, strict=True, assign=True)
     projection.load_state_dict(mine, strict=True, assign=True)
     restore_buffers(backbone)
-    return backbone, projection, load_tokenizer(folder), contract
+    return backbone, projection
+
+
+def empty_backbone(config: PretrainedConfig, origin: str) -> PreTrainedModel:
+    """A backbone without weights, on the meta device.
+
+    Raises:
+        CheckpointError: no model has this configuration.
+    """
+    try:
+        with torch.device("meta"):
+            return family_of(config.model_type, origin).backbone(config)
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(f"{origin}: {CONFIG_FILE} fits no model: {error}") from None
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: PretrainedConfig, origin: str) -> None:
+    """Refuse a tokenizer that is not the backbone's.
+
+    Raises:
+        CheckpointError: it has more tokens than the embedding has rows, or visual tokens have other
+            ids than the configuration says.
+    """
+    size, rows = tokenizer.get_vocab_size(), config.get_text_config().vocab_size
+    wrong = [f"it has {size} tokens, the embedding {rows} rows"] if size > rows else []
+    for name, token in (("image_token_id", IMAGE_TOKEN), ("video_token_id", VIDEO_TOKEN)):
+        own, told = tokenizer.token_to_id(token), getattr(config, name, None)
+        if own is not None and told is not None and own != told:
+            wrong.append(f"{token} is {own}, and {name} in {CONFIG_FILE} is {told}")
+    if wrong:
+        raise CheckpointError(f"{origin}: {TOKENIZER_FILE} is of another model: {'; '.join(wrong)}")
 
 
 def save_parts(
@@ -67,53 +113,8 @@ def save_parts(
         CheckpointError: the folder exists and holds something else than a checkpoint, or the
             weights cannot be written.
     """
-    is_folder = folder.is_dir() or not folder.exists()
-    is_free = is_folder and not (folder.exists() and any(folder.iterdir()))
-    if not is_free and not (folder / CONFIG_FILE).exists():
-        raise CheckpointError(f"{folder}: exists and is no checkpoint; choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    aside.mkdir()
-    try:
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        write_weights(plain, aside / WEIGHTS_FILE)
-        values = config.to_dict() | {"architectures": ["ColQwen2"]}
-        values.pop("_attn_implementation", None)
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        (aside / CONFIG_FILE).write_text(text, encoding="utf-8")
-        text = tokenizer.to_str(pretty=True)  # its own `save` raises bare Exception
-        (aside / TOKENIZER_FILE).write_text(text, encoding="utf-8")
-        save_contract(contract, aside)
-        _swap(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def load_config(folder: Path) -> PretrainedConfig:
-    """The backbone's configuration in a folder."""
-    path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        config = family_of(values.get("model_type"), str(path)).config.from_dict(values)
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {CONFIG_FILE}, so this is no checkpoint") from None
-    except CheckpointError:
-        raise
-    except CONFIG_ERRORS as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    config.dtype = None
-    return config
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a folder, by its `tokenizer.json`."""
-    path = folder / TOKENIZER_FILE
-    try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {TOKENIZER_FILE}") from None
-    except Exception as error:  # tokenizers raises bare Exception
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    found = formats.Found("colfolio", config, dict(weights), tokenizer, contract)
+    formats.write(found, folder, "colfolio")
 
 
 def hidden_size(config: PretrainedConfig) -> int:
@@ -148,7 +149,7 @@ def _built_again(module: nn.Module) -> nn.Module:
 
 
 def _check_names(
-    backbone: nn.Module, projection: nn.Module, weights: Mapping[str, Tensor], folder: Path
+    backbone: nn.Module, projection: nn.Module, weights: Mapping[str, Tensor], origin: str
 ) -> None:
     expected = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
     expected |= {PROJECTION + name: t.shape for name, t in projection.state_dict().items()}
@@ -161,24 +162,6 @@ def _check_names(
     ]
     if missing or unexpected or shapes:
         raise CheckpointError(
-            f"{folder}: tensors do not fit the architecture. Missing: {_listed(missing)}. "
-            f"Unexpected: {_listed(unexpected)}. Of another shape: {_listed(shapes)}."
+            f"{origin}: tensors do not fit the architecture. Missing: {listed(missing)}. "
+            f"Unexpected: {listed(unexpected)}. Of another shape: {listed(shapes)}."
         )
-
-
-def _listed(names: list[str]) -> str:
-    return (
-        ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-        or "none"
-    )
-
-
-def _swap(aside: Path, folder: Path) -> None:
-    """Put a finished folder in the place of another; at no moment is there none for long."""
-    if folder.exists():
-        old = aside.with_name(aside.name + ".old")
-        folder.rename(old)
-        aside.rename(folder)
-        shutil.rmtree(old)
-    else:
-        aside.rename(folder)

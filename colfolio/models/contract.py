@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -16,37 +18,101 @@ from colfolio.config import Settings, validated
 from colfolio.data.patches import PixelBudget
 from colfolio.data.prompts import Templates
 from colfolio.errors import CheckpointError, RecipeError
-from colfolio.models.families import family_of
+from colfolio.models.families import position_scheme_of
+from colfolio.models.files import CONFIG_FILE, TOKENIZER_FILE
 
 CONTRACT_FILE = "colfolio.json"
+PROJECTION = "custom_text_proj."
 _FORMAT = 1
+_FILES = (CONFIG_FILE, TOKENIZER_FILE)
+_DECIDING = {
+    "dim",
+    "templates",
+    "pixel_budget",
+    "position_scheme",
+    "views",
+    "frame_rate",
+    "kept_vectors",
+}
+_PACKAGES = ("colfolio", "tokenizers", "torch", "transformers")
+
+
+class Source(Settings):
+    """Where weights came from: a hub id with its commit, or the name of a folder."""
+
+    name: str
+    revision: str | None = None
 
 
 class Contract(Settings):
-    """How queries and pages enter a model and what comes out.
+    """How queries and pages enter a model and what comes out, and what the model came from.
+
+    The fields up to `kept_vectors` decide vectors; those behind tell where the weights are from.
 
     Args:
         format: version of this file.
         dim: dimensions of each vector.
         templates: the strings around a query and an image.
         pixel_budget: how images are resized and cut.
-        position_scheme: how position ids are made, a name of `colfolio.mrope`.
+        position_scheme: how position ids are made, a name of `colfolio.mrope`, or with settings.
         views: how a page is cut into images for this model: `page`, `tiles` or `strips`.
+        frame_rate: frames of a video that are read, a second.
+        kept_vectors: which vectors of a document are kept.
         base_hash: SHA-256 of the base's weights (backbone and projection) as it was first saved.
+        projection_hash: SHA-256 of its projection as it was drawn.
+        source: where the weights were read from that these came of.
+        versions: of packages, when the file was written.
+        recipe: settings of the training run.
+        data: fingerprint of each split that it was trained on.
+        metrics: what it reached, by split and metric.
+        assumed: what a checkpoint of another library did not say and was filled in, in sentences.
+        weights_hash: SHA-256 of the weights beside this file; empty in memory.
+        files: SHA-256 of configuration and tokenizer beside this file; empty in memory.
+        seal: a digest of each field as it was saved; empty in memory.
     """
 
     format: int = _FORMAT
-    dim: int
+    dim: int = Field(ge=1)
     templates: Templates
     pixel_budget: PixelBudget
-    position_scheme: str
+    position_scheme: str | dict[str, Any]
     views: str = "page"
+    frame_rate: float = Field(default=2.0, gt=0)
+    kept_vectors: Literal["all"] = "all"
     base_hash: str
+    projection_hash: str = ""
+    source: Source | None = None
+    versions: dict[str, str] = Field(default={})
+    recipe: dict[str, Any] | None = None
+    data: dict[str, str] = Field(default={})
+    metrics: dict[str, float] = Field(default={})
+    assumed: tuple[str, ...] = ()
+    weights_hash: str = ""
+    files: dict[str, str] = Field(default={})
+    seal: dict[str, str] = Field(default={})
+
+    def deciding(self) -> str:
+        """The fields that decide a vector, as JSON."""
+        return self.model_dump_json(include=_DECIDING)
 
 
-def save_contract(contract: Contract, folder: Path) -> None:
-    """Write the contract beside the weights."""
-    text = json.dumps(contract.model_dump(mode="json"), indent=2, ensure_ascii=False)
+def save_contract(
+    contract: Contract, folder: Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the contract, sealed, as the last file of a folder; it names the others by their hash.
+
+    Args:
+        weights: of the folder, by the names of `Retriever.weights`; None if it has none of its own.
+
+    The seal tells of edits by hand and of damage, not of forgery.
+    """
+    found = "" if weights is None else hash_weights(weights)
+    files = {name: _hash_file(folder / name) for name in _FILES if (folder / name).is_file()}
+    updated = {"versions": versions(), "weights_hash": found, "files": files, "seal": {}}
+    # validated anew, so that every field of every part counts as set
+    whole = Contract.model_validate(contract.model_dump() | updated)
+    sealed = whole.model_copy(update={"seal": _seal(whole)})
+    text = json.dumps(sealed.model_dump(mode="json"), indent=2, ensure_ascii=False)
     (folder / CONTRACT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -54,21 +120,25 @@ def load_contract(folder: Path) -> Contract:
     """Read the contract of a checkpoint.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or of another format.
+        CheckpointError: the file is missing, damaged, or of another format, or a file beside it is
+            not the one that was saved.
     """
     path = folder / CONTRACT_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        _check_format(values, path)
         contract = validated(values, Contract, str(path))
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: no {CONTRACT_FILE}, so how queries and pages enter this model is unknown; "
             "make a base from it with `colfolio init`"
         ) from None
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RecipeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if contract.format != _FORMAT:
-        raise CheckpointError(f"{path}: format {contract.format}, this version reads {_FORMAT}")
+    for name in _FILES:
+        _check_file(folder / name, contract.files.get(name))
     return contract
 
 
@@ -80,27 +150,67 @@ def check_contract(contract: Contract, config: PretrainedConfig, origin: str) ->
             not fit together, or positions are made by another scheme than the family's.
     """
     vision: Any = config.vision_config  # pyright: ignore[reportAttributeAccessIssue]
-    budget = contract.pixel_budget
-    pairs = {
-        "pixel_budget.patch": (budget.patch, vision.patch_size),
-        "pixel_budget.merge": (budget.merge, vision.spatial_merge_size),
-        "pixel_budget.temporal_patch": (budget.temporal_patch, vision.temporal_patch_size),
-        "position_scheme": (
-            contract.position_scheme,
-            family_of(config.model_type, origin).position_scheme,
-        ),
-        "vision_config.hidden_size": (
-            getattr(vision, "out_hidden_size", vision.hidden_size),
-            config.get_text_config().hidden_size,
-        ),
+    sizes = {
+        "patch": vision.patch_size,
+        "merge": vision.spatial_merge_size,
+        "temporal_patch": vision.temporal_patch_size,
     }
-    wrong = [
-        f"{name} is {ours!r}, not {theirs!r}"
-        for name, (ours, theirs) in pairs.items()
-        if ours != theirs
-    ]
+    built = {
+        "pixel_budget": contract.pixel_budget.model_copy(update=sizes),
+        "position_scheme": position_scheme_of(config, origin),
+    }
+    wrong = differences(contract, contract.model_copy(update=built))
+    given = getattr(vision, "out_hidden_size", vision.hidden_size)
+    read = config.get_text_config().hidden_size
+    if given != read:
+        wrong.append(f"vision_config.hidden_size is {given}, not {read}")
     if wrong:
         raise CheckpointError(f"{origin}: does not fit its backbone: {'; '.join(wrong)}")
+
+
+def check_saved(contract: Contract, weights: Mapping[str, Tensor], origin: str) -> Contract:
+    """The contract of a folder once it and the weights are known to be what was saved.
+
+    Args:
+        weights: all of the folder, by the names of `Retriever.weights`.
+
+    Returns:
+        The contract without hash and seal, which hold for the folder alone.
+
+    Raises:
+        CheckpointError: a field or the weights were changed since, or weights that say they are a
+            base have another projection than the one drawn.
+    """
+    found = _seal(contract)
+    changed = sorted(
+        name for name in found | contract.seal if found.get(name) != contract.seal.get(name)
+    )
+    if contract.seal and changed:
+        told = ", ".join(f"{name} (now {getattr(contract, name, None)!r})" for name in changed)
+        raise CheckpointError(
+            f"{origin}: {CONTRACT_FILE} was changed after it was saved: {told}; take the file as "
+            "it was, or set `retriever.contract` and save the model anew"
+        )
+    if contract.weights_hash:
+        _check_hash(contract.weights_hash, weights, "weights_hash", origin)
+    if contract.projection_hash and contract.weights_hash == contract.base_hash:
+        _check_hash(contract.projection_hash, projection_of(weights), "projection_hash", origin)
+    return contract.model_copy(update={"weights_hash": "", "files": {}, "seal": {}})
+
+
+def differences(ours: Settings, theirs: Settings) -> list[str]:
+    """In which fields two contracts, or parts of them, differ: `name is ours, not theirs` each."""
+    return _differences(ours.model_dump(), theirs.model_dump(), "")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a model computes."""
+    return {name: metadata.version(name) for name in _PACKAGES}
+
+
+def projection_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the projection among all of a retriever."""
+    return {name: tensor for name, tensor in weights.items() if name.startswith(PROJECTION)}
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
@@ -109,5 +219,63 @@ def hash_weights(weights: Mapping[str, Tensor]) -> str:
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _check_format(values: object, path: Path) -> None:
+    """Before all else: a newer file has keys that are not known here."""
+    number = values.get("format", _FORMAT) if isinstance(values, dict) else _FORMAT
+    if isinstance(number, int) and number > _FORMAT:
+        raise CheckpointError(
+            f"{path}: format {number} is newer than this version of colfolio reads ({_FORMAT}); "
+            "install a newer one"
+        )
+    if number != _FORMAT:
+        raise CheckpointError(f"{path}: format {number!r}, this version reads {_FORMAT}")
+
+
+def _check_file(path: Path, promised: str | None) -> None:
+    if promised is None:
+        return
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: no {path.name}, which {CONTRACT_FILE} names")
+    found = _hash_file(path)
+    if found != promised:
+        raise CheckpointError(
+            f"{path}: was changed after it was saved: {CONTRACT_FILE} says SHA-256 {promised}, it "
+            f"has {found}; take the file as it was"
+        )
+
+
+def _hash_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_hash(promised: str, weights: Mapping[str, Tensor], field: str, origin: str) -> None:
+    found = hash_weights(weights)
+    if found != promised:
+        raise CheckpointError(
+            f"{origin}: the weights are not those that were saved: {field} is {promised}, but "
+            f"they have {found}; copy the folder again"
+        )
+
+
+def _seal(contract: Contract) -> dict[str, str]:
+    """A digest of each field that was set; fields that a later version adds are not."""
+    values = contract.model_dump(mode="json", exclude={"seal"}, exclude_unset=True)
+    return {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+        for name, value in values.items()
+    }
+
+
+def _differences(ours: Any, theirs: Any, name: str) -> list[str]:
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        keys = [*ours, *(key for key in theirs if key not in ours)]
+        inside = [
+            _differences(ours.get(key), theirs.get(key), f"{name}.{key}" if name else str(key))
+            for key in keys
+        ]
+        return [difference for each in inside for difference in each]
+    return [] if ours == theirs else [f"{name} is {ours!r}, not {theirs!r}"]

@@ -7,6 +7,7 @@ shell of one layer a tower, without weights, answers for a model of any size on 
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from colfolio.data.patches import PixelBudget, to_patches
 from colfolio.errors import CheckpointError, ColfolioError
-from colfolio.models.checkpoint import CONFIG_FILE
 from colfolio.models.families import CONFIG_ERRORS
+from colfolio.models.files import CONFIG_FILE
+from colfolio.models.formats.reading import ADAPTER_FILE
+from colfolio.models.grafted import GraftedConfig
 from colfolio.mrope import IMAGE, TEXT, VIDEO
 
 _MAX_TOKENS = 256  # of one frame: enough to tell any two grids apart
@@ -29,7 +32,6 @@ _TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_
 _GRID = ("patch_size", "spatial_merge_size", "temporal_patch_size", "depth")
 # classes of colpali-engine over these backbones: their forward hands all arguments on
 _ENGINE = ("ColQwen2", "ColQwen2_5", "BiQwen2", "BiQwen2_5", "ColQwen3", "BiQwen3")
-ADAPTER_FILE = "adapter_config.json"
 _NUM_TEXT = 3  # tokens of text before, behind, and where a time stamp stands
 
 
@@ -140,6 +142,7 @@ def shell_of(folder: Path) -> Shell:
     if not path.is_file():
         raise CheckpointError(_without_config(folder))
     try:
+        _check_known(json.loads(path.read_text(encoding="utf-8")), path)
         config = AutoConfig.from_pretrained(folder)
         inner = getattr(config, "vlm_config", config)
         _check_kind(inner, path)
@@ -155,6 +158,15 @@ def shell_of(folder: Path) -> Shell:
         raise CheckpointError(f"{path}: cannot be built: {reason}") from None
     # in float32, because a configuration may ask for half precision in one part alone
     return Shell(model.float().to_empty(device="cpu").eval(), inner, architecture)
+
+
+def _check_known(values: Any, path: Path) -> None:
+    """Refuse what is ours alone: no library calls it but Colfolio, which makes its positions."""
+    if isinstance(values, dict) and values.get("model_type") == GraftedConfig.model_type:
+        raise CheckpointError(
+            f"{path}: a grafted decoder has no library of its own to be asked; load it by "
+            "`Retriever.from_pretrained` and put `colfolio.mrope.watch(retriever)` around a call"
+        )
 
 
 def _without_config(folder: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,24 @@ def save_checkpoint(
     return final
 
 
-def save_model(state: TrainingState, folder: Path) -> None:
+def save_model(
+    state: TrainingState,
+    folder: Path,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    data: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
     """Save the model alone, as `Retriever.save_pretrained` does; all ranks call it.
+
+    Args:
+        recipe, data, metrics: what the model's contract tells of its training; see `Contract`.
 
     Raises:
         CheckpointError: it cannot be written.
     """
+    told = {"recipe": recipe, "data": dict(data or {}), "metrics": dict(metrics or {})}
+    state.retriever.contract = state.retriever.contract.model_copy(update=told)
     weights = gather_state(state.retriever.weights())
     if state.world.is_main:
         state.retriever.save_pretrained(folder, weights)

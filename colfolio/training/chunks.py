@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from colfolio.batch import ContrastiveBatch, MultiVectors, Packed
 from colfolio.data.collate import Collator
@@ -97,11 +97,12 @@ def filler(collator: Collator, side: Side) -> Chunk:
     return Chunk(side, rows, ids, 0, 0, digests, is_filler=True)
 
 
-def leaf(chunks: list[Chunk], packed: Packed, projection: nn.Linear) -> MultiVectors:
+def leaf(chunks: list[Chunk], packed: Packed, projection: Any) -> MultiVectors:
     """All vectors of a side as the loss sees them: a leaf, whose gradient is asked for.
 
     Args:
-        projection: the last of the model's layers; says what the vectors of no rows are like.
+        projection: the last of the model's layers, adapted or not; says what the vectors of no rows
+            are like.
     """
     vectors = [chunk.vectors.detach() for chunk in chunks if not chunk.is_filler]
     if not vectors:

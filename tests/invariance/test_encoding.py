@@ -3,9 +3,43 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from colfolio.batch import MultiVectors
-from colfolio.models import Retriever
+from colfolio.batch import MultiVectors, Packed, offsets_of
+from colfolio.data.video import Clip
+from colfolio.models import Retriever, base_from_shape
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def any_family(request, tiny_shape_of, tiny_tokenizer):
+    """A tiny retriever of each family, that no test changes."""
+    return base_from_shape(tiny_shape_of(request.param), tiny_tokenizer, 0).eval()
+
+
+@pytest.fixture(scope="module")
+def half_precision(tiny_shape, tiny_tokenizer):
+    """A tiny retriever with weights in bf16, that no test changes."""
+    shape = tiny_shape.model_copy(update={"dtype": "bfloat16"})
+    return base_from_shape(shape, tiny_tokenizer, 0).eval()
+
+
+@pytest.fixture(scope="module")
+def documents(pages, random_image):
+    """Images of several sizes, and clips of several lengths, one of them of a single frame."""
+    clips = [
+        Clip(np.stack([random_image(*size, seed=frame) for frame in range(count)]), seconds)
+        for size, count, seconds in (((56, 84), 5, 0.5), ((28, 28), 1, 1.0), ((84, 56), 4, 0.2))
+    ]
+    return [*pages, *clips]
+
+
+@pytest.fixture(scope="module")
+def documents_alone(any_family, documents):
+    """The vectors of each document, encoded in a call of its own."""
+    return one_by_one(any_family.encode_documents, documents)
 
 
 def assert_equal_rows(mine, theirs, tolerance=1e-5):
@@ -38,6 +72,88 @@ def test_order_and_company_never_change_a_vector(shared_retriever, texts, pages,
         assert_equal_rows(shuffled, one_by_one(encode, inputs).select(order))
         some = order[: len(inputs) // 2]
         assert_equal_rows(encode([inputs[row] for row in some]), encode(inputs).select(some))
+
+
+# several documents that may be equal, in any order, and how many of them share a call
+compositions = st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 13))
+
+
+@settings(max_examples=25)
+@given(compositions)
+def test_no_composition_of_a_call_changes_a_vector_of_any_family(
+    any_family, documents, documents_alone, composition
+):
+    rows, batch_size = composition
+    together = any_family.encode_documents([documents[row] for row in rows], batch_size=batch_size)
+    assert_equal_rows(together, documents_alone.select(rows))
+
+
+def test_company_in_bf16_changes_a_vector_no_more_than_its_rounding_does(
+    half_precision, shared_retriever, documents
+):
+    exact = one_by_one(shared_retriever.encode_documents, documents)
+    alone = one_by_one(half_precision.encode_documents, documents)
+    rounding = float((alone.vectors - exact.vectors).abs().max())
+    for batch_size in (2, 3, 64):
+        together = half_precision.encode_documents(documents, batch_size=batch_size)
+        assert_equal_rows(together, alone, tolerance=rounding)
+
+
+def test_texts_pages_and_clips_in_one_call_of_the_model_do_not_meet(
+    any_family, documents, documents_alone, texts
+):
+    queries = any_family.collator.queries(texts[:3])
+    shown = any_family.collator.documents([documents[row] for row in (0, 7, 3)])
+    order = [(queries, 0), (shown, 0), (shown, 1), (queries, 1), (shown, 2), (queries, 2)]
+    with torch.no_grad():
+        mixed = any_family(packed_together([side.rows(row, row + 1) for side, row in order]))
+    alone = MultiVectors.cat([any_family.encode_queries([text]) for text in texts[:3]])
+    assert_equal_rows(mixed.select([0, 3, 5]), alone)
+    assert_equal_rows(mixed.select([1, 2, 4]), documents_alone.select([0, 7, 3]))
+
+
+def packed_together(parts):
+    return Packed(
+        torch.cat([part.token_ids for part in parts]),
+        offsets_of([len(part.token_ids) for part in parts]),
+        torch.cat([part.position_ids for part in parts], dim=1),
+        torch.cat([part.patches for part in parts]),
+        torch.cat([part.grid_thw for part in parts]),
+        offsets_of([len(part.grid_thw) for part in parts]),
+    )
+
+
+def test_the_number_of_threads_never_changes_a_vector(
+    shared_retriever, texts, documents, restore_threads
+):
+    for encode, inputs in (
+        (shared_retriever.encode_queries, texts),
+        (shared_retriever.encode_documents, documents),
+    ):
+        torch.set_num_threads(1)
+        one = encode(inputs)
+        torch.set_num_threads(2)
+        assert_equal_rows(encode(inputs), one)
+
+
+def test_encoding_draws_from_no_generator_and_training_mode_changes_nothing(
+    make_retriever, texts, documents
+):
+    retriever = make_retriever(text={"attention_dropout": 0.5}).eval()
+    for encode, inputs in (
+        (retriever.encode_queries, texts),
+        (retriever.encode_documents, documents),
+    ):
+        retriever.eval()
+        evaluated = encode(inputs).vectors
+        retriever.train()
+        torch.manual_seed(5)
+        np.random.seed(5)
+        assert torch.equal(encode(inputs).vectors, evaluated)
+        drawn = float(torch.rand(())), np.random.random()
+        torch.manual_seed(5)
+        np.random.seed(5)
+        assert drawn == (float(torch.rand(())), np.random.random())
 
 
 def test_packing_in_any_order_gives_each_row_the_same_vectors(shared_retriever, texts, pages):

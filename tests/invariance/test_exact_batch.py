@@ -39,6 +39,14 @@ FROZEN = {
     "all layers": ["visual", "language_model.embed_tokens", "language_model.layers"],
     "text": ["language_model"],
 }
+# Where a vision tower reorders patches, or the first text layers add features of its own.
+FROZEN_ELSEWHERE = [
+    ("qwen2_5_vl", ["visual.patch_embed", "visual.blocks.0"]),
+    ("qwen2_5_vl", FROZEN["vision and a layer"]),
+    ("qwen3_vl", ["visual.patch_embed", "visual.pos_embed", "visual.blocks"]),
+    ("qwen3_vl", ["visual"]),
+    ("qwen3_vl", [*FROZEN["vision and a layer"], "language_model.layers.1"]),
+]
 
 
 @pytest.fixture
@@ -51,6 +59,10 @@ def clips():
 
 @pytest.fixture
 def batch(retriever, texts, pages, clips):
+    return batch_of(retriever, texts, pages, clips)
+
+
+def batch_of(retriever, texts, pages, clips):
     """Six queries; pages and clips, two of them positives of none, and some are ignored."""
     documents = [*pages, *clips]
     positives = torch.zeros(len(texts), len(documents), dtype=torch.bool)
@@ -142,14 +154,43 @@ def test_a_frozen_prefix_never_changes_the_gradient(retriever, batch, parts, chu
         assert_close(mine, expected, 1e-12)
 
 
+@pytest.mark.parametrize(("family", "parts"), FROZEN_ELSEWHERE)
+def test_a_frozen_prefix_of_any_family_never_changes_the_gradient(
+    make_family_retriever, texts, pages, clips, family, parts
+):
+    other = make_family_retriever(family)
+    cast_parameters(other, torch.float64)
+    freeze(other, parts)
+    batch = with_digests(batch_of(other, texts, pages, clips))
+    _, expected = plainly(other, batch)
+    cache = FeatureCache(FeatureCacheSettings(ram_mb=0.1), folder=None)
+    for chunk_tokens in (ONE, 60, None):
+        _, mine = exactly(other, batch, chunk_tokens, cache=cache)
+        assert_close(mine, expected, 1e-12)
+    assert cache.hits > 0
+
+
 @pytest.mark.parametrize("activation_mb", [None, 2.0])
 @pytest.mark.parametrize("chunk_tokens", [ONE, 60])
+@pytest.mark.parametrize("spread", [0.2, 0.05])
 def test_in_float32_the_difference_is_that_of_rounding(
-    retriever, batch, chunk_tokens, activation_mb
+    make_retriever, texts, pages, clips, spread, chunk_tokens, activation_mb
 ):
-    _, expected = plainly(retriever, batch)
+    drawn = {"initializer_range": spread}
+    retriever = make_retriever(text=drawn, vision=drawn)
+    batch = batch_of(retriever, texts, pages, clips)
+    _, plain = plainly(retriever, batch)
     _, mine = exactly(retriever, batch, chunk_tokens, activation_mb)
-    assert_close(mine, expected, 1e-6)
+    cast_parameters(retriever, torch.float64)
+    _, exact = plainly(retriever, batch)
+    of_mine, of_plain, apart = (
+        torch.stack([(one[name] - other[name]).norm() for name in exact]).norm()
+        for one, other in ((mine, exact), (plain, exact), (mine, plain))
+    )
+    whole = torch.stack([gradient.norm() for gradient in exact.values()]).norm()
+    assert 0 < of_mine <= 2 * of_plain
+    # so steep that the plain path itself is 1e-5 from the truth, or as models are drawn
+    assert apart <= (1e-5 if spread == 0.2 else 1e-6) * whole
 
 
 @pytest.mark.parametrize("activation_mb", [4.0, 6.0])

@@ -5,18 +5,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Qwen2VLModel
 
 
 class PlainModel:
-    """The weights of a retriever in a fresh `Qwen2VLModel`, and their gradients by our names."""
+    """The weights of a retriever in a fresh backbone, and their gradients by our names."""
 
     def __init__(self, retriever, attention):
         config = copy.deepcopy(retriever.backbone.config)
         config._attn_implementation = attention
         for part in (config.text_config, config.vision_config):
             part._attn_implementation = attention
-        self.backbone = Qwen2VLModel(config).to(retriever.projection.weight.dtype)
+        self.backbone = type(retriever.backbone)(config).to(retriever.projection.weight.dtype)
         self.backbone.load_state_dict(retriever.backbone.state_dict(), strict=True)
         self.projection = copy.deepcopy(retriever.projection)
         self.image_token_id = config.image_token_id

@@ -11,7 +11,13 @@ from colfolio.data.video import Clip
 from colfolio.maxsim import maxsim
 from colfolio.training.losses import LossSettings, info_nce
 
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 BATCHES = ["texts", "pages", "one page", "equal pages", "pages and clips"]
+
+
+@pytest.fixture(params=FAMILIES)
+def retriever(request, make_family_retriever):
+    return make_family_retriever(request.param)
 
 
 def clips():
@@ -59,7 +65,7 @@ def test_packed_equals_one_by_one_in_float32(
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
     (mine * random_weights(mine)).sum().backward()
     (theirs * random_weights(mine)).sum().backward()
-    assert_equal_gradients(own_gradients(retriever), plain.gradients(), 1e-5)
+    assert_equal_gradients(own_gradients(retriever), plain.gradients(), 2e-5)
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -8,14 +8,22 @@ from hypothesis import strategies as st
 from transformers import Qwen2VLImageProcessorPil
 
 from colfolio.data.patches import PixelBudget, target_size, to_patches
+from colfolio.models.families import FAMILIES
 
 DEFAULT = PixelBudget()
-BUDGETS = [DEFAULT, PixelBudget(min_pixels=28 * 28 * 20, max_pixels=28 * 28 * 30)]
+BUDGETS = [
+    DEFAULT,
+    PixelBudget(min_pixels=28 * 28 * 20, max_pixels=28 * 28 * 30),
+    FAMILIES["qwen3_vl"].pixel_budget,
+]
 
 
 def processed(images, budget):
     processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": budget.min_pixels, "longest_edge": budget.max_pixels}
+        size={"shortest_edge": budget.min_pixels, "longest_edge": budget.max_pixels},
+        patch_size=budget.patch,
+        image_mean=list(budget.mean),
+        image_std=list(budget.std),
     )
     features = processor(images=images, return_tensors="pt", input_data_format="channels_last")
     return features["pixel_values"], features["image_grid_thw"]
@@ -28,7 +36,7 @@ def assert_equal(images, budget):
     torch.testing.assert_close(patches, their_patches, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("budget", BUDGETS, ids=["default", "narrow"])
+@pytest.mark.parametrize("budget", BUDGETS, ids=["default", "narrow", "qwen3_vl"])
 @pytest.mark.parametrize(
     "size", [(56, 84), (57, 85), (1, 1), (7, 300), (301, 29), (333, 211), (640, 480), (14, 2000)]
 )
@@ -48,7 +56,7 @@ def test_every_size_ends_on_the_librarys_grid(height, width, budget):
 
     if max(height, width) > 200 * min(height, width):
         return
-    theirs = smart_resize(height, width, 28, budget.min_pixels, budget.max_pixels)
+    theirs = smart_resize(height, width, budget.factor, budget.min_pixels, budget.max_pixels)
     assert target_size(height, width, budget) == theirs
 
 

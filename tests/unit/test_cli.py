@@ -20,6 +20,10 @@ COMMANDS = {
         "--model",
         "--precision",
     },
+    "export": {
+        *("model", "--to", "--out", "--adapter", "--merge"),
+        *("--push", "--private", "--revision"),
+    },
     "index": {
         "model",
         "documents",
@@ -32,7 +36,10 @@ COMMANDS = {
         "--max-bad-share",
         "--precision",
     },
-    "init": {"base", "--out", "--dim", "--seed", "--dataset", "--revision"},
+    "init": {
+        *("base", "--out", "--dim", "--seed", "--dataset", "--revision"),
+        *("--vision", "--scheme"),
+    },
     "plan": {"recipe", "overrides", "--gpu", "--ranks"},
     "positions": {"model", "--image", "--video", "--revision", "--scheme"},
     "prepare": {"documents", "overrides", "--out", "--view", "--split"},

@@ -11,9 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from colfolio.diagnosis.planning.graph_memory import Rows, first_above
+from colfolio.diagnosis.planning.graph_memory import (
+    Rows,
+    attended_patches,
+    first_above,
+    vision_width,
+)
 from colfolio.models.border import frozen_border
 from colfolio.models.retriever import Retriever
+from colfolio.models.towers import exits
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ def work_of(retriever: Retriever, rows: Rows) -> Work:
     """What rows cost in one pass, forward and backward."""
     visual, text = retriever.backbone.visual, retriever.backbone.language_model
     border = frozen_border(retriever.backbone, is_visual=bool(rows.patches))
-    first_block, first_layer = first_above(border, len(visual.blocks))
+    first_block, first_layer = first_above(retriever.backbone, border)
     tokens, patches = sum(rows.lengths), sum(rows.patches)
     attention = _attention(rows.lengths, text.config.hidden_size) // 2  # no token sees later ones
     total = _work(retriever.projection, tokens, 0, has_graph=True)
@@ -52,12 +58,14 @@ def work_of(retriever: Retriever, rows: Rows) -> Work:
         total += _work(layer, tokens, attention, has_graph=number >= first_layer)
     if not patches:
         return total
-    attention = _attention(rows.patches, visual.config.embed_dim)
+    width = vision_width(visual.blocks[0])
     for number, block in enumerate(visual.blocks):
+        attention = _attention(attended_patches(visual, number, rows.patches), width)
         total += _work(block, patches, attention, has_graph=number >= first_block)
     merged = patches // visual.config.spatial_merge_size**2
     is_open = border is None or border.tower == "vision"
-    total += _work(visual.merger, merged, 0, has_graph=is_open)
+    for merger in exits(visual):
+        total += _work(merger, merged, 0, has_graph=is_open)
     embedding = 2 * visual.patch_embed.proj.weight.numel() * patches
     if border is None:
         return total + Work(0, embedding, embedding)

@@ -19,6 +19,7 @@ from colfolio.diagnosis.planning.attention_memory import Heads, attention_memory
 from colfolio.diagnosis.planning.numerics import WIDE, Numerics
 from colfolio.models.border import Border, frozen_border
 from colfolio.models.retriever import Retriever
+from colfolio.models.towers import deepstack_blocks, exits
 
 # Of the feed-forward's width and of the layer's, so many numbers are there at once beside what is
 # saved; found by tracing the allocator.
@@ -95,11 +96,33 @@ def graph_memory(retriever: Retriever, rows: Rows, numerics: Numerics) -> GraphM
     return GraphMemory(held, max(_forward_peak(layers, held), _backward_peak(layers, held)))
 
 
-def first_above(border: Border | None, num_blocks: int) -> tuple[int, int]:
+def first_above(backbone: Any, border: Border | None) -> tuple[int, int]:
     """The first block of the vision tower and the first text layer that have a graph."""
     if border is None:
         return 0, 0
-    return (border.layers, 0) if border.tower == "vision" else (num_blocks, border.layers)
+    if border.tower == "vision":
+        return border.layers, 0
+    # with deepstack, frozen layers may run above the border, without a graph all the same
+    frozen = frozen_border(backbone, is_visual=False)
+    return len(backbone.visual.blocks), border.layers if frozen is None else frozen.layers
+
+
+def attended_patches(visual: Any, block: int, patches: Sequence[int]) -> Sequence[int]:
+    """Patches of each sequence over which a block attends: of images, or of their windows.
+
+    How many windows lie at an image's edge depends on its sides; taken is one of what is left over.
+    """
+    whole = getattr(visual, "fullatt_block_indexes", None)
+    if whole is None or block in whole:
+        return patches
+    size = (visual.window_size // visual.patch_size) ** 2
+    windows = [[size] * (count // size) + [count % size] * bool(count % size) for count in patches]
+    return [length for of_image in windows for length in of_image]
+
+
+def vision_width(block: Any) -> int:
+    """Of the states of patches."""
+    return block.norm1.weight.numel()
 
 
 def _layers(
@@ -107,27 +130,39 @@ def _layers(
 ) -> list[_Layer]:
     """Of both towers, in the order in which they run."""
     visual, text = retriever.backbone.visual, retriever.backbone.language_model
-    first_block, first_layer = first_above(border, len(visual.blocks))
+    first_block, first_layer = first_above(retriever.backbone, border)
     blocks = [
-        _vision_block(block, visual.config, rows.patches, numerics, has_graph=number >= first_block)
+        _vision_block(
+            block,
+            attended_patches(visual, number, rows.patches),
+            numerics,
+            has_graph=number >= first_block,
+        )
         for number, block in enumerate(visual.blocks if rows.patches else [])
     ]
     layers = [
         _text_layer(layer, rows.lengths, numerics, has_graph=number >= first_layer)
         for number, layer in enumerate(text.layers)
     ]
-    if first_layer < len(layers) and _begins_there(retriever, border, rows):
-        # a norm needs its input for the gradient of that alone
-        unsaved = sum(rows.lengths) * (retriever.projection.in_features + 1) * WIDE
-        lowest = layers[first_layer]
-        layers[first_layer] = replace(lowest, saved=lowest.saved - unsaved)
+    if first_layer < len(layers) and (first_layer or _begins_there(retriever, border, rows)):
+        width = retriever.projection.in_features
+        layers[first_layer] = _lowest(layers[first_layer], sum(rows.lengths), width)
+    if 0 < first_block < len(blocks) and not isinstance(visual.blocks[0].norm1, nn.LayerNorm):
+        width = vision_width(visual.blocks[0])
+        blocks[first_block] = _lowest(blocks[first_block], sum(rows.patches), width)
     return blocks + layers
 
 
+def _lowest(layer: _Layer, places: int, width: int) -> _Layer:
+    """A layer below which nothing trains.
+
+    An RMS norm needs its input, and one over its length, for the gradient of that input alone.
+    """
+    return replace(layer, saved=layer.saved - places * (width + 1) * WIDE)
+
+
 def _begins_there(retriever: Retriever, border: Border | None, rows: Rows) -> bool:
-    """Whether nothing trains below the lowest text layer that has a graph."""
-    if border is not None and border.tower == "text" and border.layers:
-        return True
+    """Whether nothing trains below the first text layer."""
     embedding = retriever.backbone.language_model.embed_tokens.weight
     is_still = not rows.patches or (border is not None and border.tower == "text")
     return is_still and not embedding.requires_grad
@@ -154,17 +189,18 @@ def _backward_peak(layers: Sequence[_Layer], held: int) -> int:
 def _text_layer(
     layer: Any, lengths: Sequence[int], numerics: Numerics, *, has_graph: bool
 ) -> _Layer:
-    attention, mlp, c = layer.self_attn, layer.mlp, numerics.product_bytes
-    width = attention.num_heads * attention.head_dim
-    hidden, inner = layer.hidden_size, mlp.intermediate_size
+    attention, mlp, config = layer.self_attn, layer.mlp, layer.self_attn.config
+    width = config.num_attention_heads * attention.head_dim
+    keys = config.num_key_value_heads * attention.head_dim
+    hidden, inner = layer.hidden_size, mlp.gate_proj.out_features
     size = _norm(layer.input_layernorm, hidden)
     size += _inputs([attention.q_proj, attention.k_proj, attention.v_proj], hidden, numerics)
+    if hasattr(attention, "q_norm"):
+        size += _norm(attention.q_norm, width, numerics, config.num_attention_heads)
+        size += _norm(attention.k_norm, keys, numerics, config.num_key_value_heads)
     size += _norm(layer.post_attention_layernorm, hidden)
-    size += _inputs([mlp.gate_proj, mlp.up_proj], hidden, numerics)
-    size += 3 * inner * c  # into the activation, out of it, and what that is multiplied with
-    size += _inputs([mlp.down_proj], inner, numerics)
-    keys = attention.num_key_value_heads * attention.head_dim
-    heads = Heads(attention.num_heads, width, keys, keys, is_causal=True)
+    size += _gated(mlp, hidden, numerics)
+    heads = Heads(config.num_attention_heads, width, keys, keys, is_causal=True)
     is_kept = bool(_inputs([attention.o_proj], width, numerics))
     own = attention_memory(heads, lengths, numerics, output_is_kept=is_kept)
     saved = sum(lengths) * size + own
@@ -172,17 +208,22 @@ def _text_layer(
 
 
 def _vision_block(
-    block: Any, config: Any, lengths: Sequence[int], numerics: Numerics, *, has_graph: bool
+    block: Any, lengths: Sequence[int], numerics: Numerics, *, has_graph: bool
 ) -> _Layer:
-    width, inner, c = config.embed_dim, block.mlp.fc1.out_features, numerics.product_bytes
-    size = 2 * _layer_norm(width, numerics)
+    width, c = vision_width(block), numerics.product_bytes
+    size = sum(_vision_norm(norm, width, numerics) for norm in (block.norm1, block.norm2))
     size += _inputs([block.attn.qkv], width, numerics)
-    size += _inputs([block.mlp.fc1], width, numerics)
-    # x * sigmoid(1.702 x) keeps both factors
-    size += inner * c * (2 if config.hidden_act == "quick_gelu" else 1)
-    size += _inputs([block.mlp.fc2], inner, numerics)
+    if hasattr(block.mlp, "gate_proj"):
+        inner = block.mlp.gate_proj.out_features
+        size += _gated(block.mlp, width, numerics)
+    else:
+        first, last = _ends_of(block.mlp)
+        inner = first.out_features
+        size += _inputs([first], width, numerics) + _inputs([last], inner, numerics)
+        # x * sigmoid(1.702 x) keeps both factors
+        size += inner * c * (2 if block.attn.config.hidden_act == "quick_gelu" else 1)
     # values are a part of what comes out of `qkv`, which stays whole
-    heads = Heads(config.num_heads, width, width, 3 * width, is_causal=False)
+    heads = Heads(block.attn.num_heads, width, width, 3 * width, is_causal=False)
     is_kept = bool(_inputs([block.attn.proj], width, numerics))
     own = attention_memory(heads, lengths, numerics, output_is_kept=is_kept)
     saved = sum(lengths) * size + own
@@ -237,25 +278,61 @@ def _vision_ends(
     """Patch embedding, cosines and sines, and the merger of patches into tokens."""
     if not lengths:
         return 0
-    patches, c, config = sum(lengths), numerics.product_bytes, visual.config
-    first, _, last = visual.merger.mlp
-    size = _layer_norm(config.embed_dim, numerics)
+    patches, c, width = sum(lengths), numerics.product_bytes, vision_width(visual.blocks[0])
+    norm, *_ = visual.merger.children()
+    size = _vision_norm(norm, width, numerics)
     if border is None or border.layers < len(visual.blocks):
-        size += 2 * (config.embed_dim // config.num_heads) * WIDE
+        size += 2 * (width // visual.blocks[0].attn.num_heads) * WIDE
     embedding = visual.patch_embed.proj.weight
     if border is None and numerics.is_half and embedding.requires_grad:
         size += embedding[0].numel() * c
-    merged = _inputs([first], first.in_features, numerics)
-    merged += first.out_features * c  # into the activation
-    merged += _inputs([last], last.in_features, numerics)
-    tokens = patches // config.spatial_merge_size**2
-    return patches * size + tokens * merged + _copies(visual.merger.modules(), numerics)
+    if border is None and hasattr(visual, "pos_embed") and visual.pos_embed.weight.requires_grad:
+        size += 4 * (8 + WIDE)  # which four it is made of, and their shares
+    tokens = patches // visual.config.spatial_merge_size**2
+    merged = sum(_merger(merger, numerics) for merger in exits(visual))
+    # those of deepstack read what the next block reads
+    merged += 2 * WIDE * len(deepstack_blocks(visual))
+    copies = sum(_copies(merger.modules(), numerics) for merger in exits(visual))
+    return patches * size + tokens * merged + copies
 
 
-def _norm(norm: nn.Module, width: int) -> int:
-    """Of an RMS norm: its input, that at unit length, one over its length; always in float32."""
+def _merger(merger: nn.Module, numerics: Numerics) -> int:
+    first, last = _ends_of(getattr(merger, "mlp", merger))
+    size = _inputs([first], first.in_features, numerics)
+    size += first.out_features * numerics.product_bytes  # into the activation
+    return size + _inputs([last], last.in_features, numerics)
+
+
+def _ends_of(mlp: nn.Module) -> list[Any]:
+    """Its two linear layers, with the adapters that may be around them."""
+    return [each for each in mlp.children() if hasattr(each, "out_features")]
+
+
+def _gated(mlp: Any, width: int, numerics: Numerics) -> int:
+    """Of a feed-forward whose activation is multiplied with a second product."""
+    inner = mlp.gate_proj.out_features
+    size = _inputs([mlp.gate_proj, mlp.up_proj], width, numerics)
+    # into the activation, out of it, and what that is multiplied with
+    size += 3 * inner * numerics.product_bytes
+    return size + _inputs([mlp.down_proj], inner, numerics)
+
+
+def _norm(norm: nn.Module, width: int, numerics: Numerics | None = None, count: int = 1) -> int:
+    """Of an RMS norm: its input and one over its length, in float32, and that at unit length.
+
+    Args:
+        numerics: None if what comes in is float32 in any case.
+        count: of the norms that share a width.
+    """
     is_trained = any(weight.requires_grad for weight in norm.parameters())
-    return (2 * width if is_trained else width) * WIDE + WIDE
+    each = WIDE if numerics is None else numerics.product_bytes
+    return width * WIDE + count * WIDE + (width * each if is_trained else 0)
+
+
+def _vision_norm(norm: nn.Module, width: int, numerics: Numerics) -> int:
+    if isinstance(norm, nn.LayerNorm):
+        return _layer_norm(width, numerics)
+    return _norm(norm, width, numerics)
 
 
 def _layer_norm(width: int, numerics: Numerics) -> int:

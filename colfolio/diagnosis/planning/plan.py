@@ -15,13 +15,14 @@ from colfolio.diagnosis.planning.fixed_memory import (
     rows_of_rank,
     state_bytes,
 )
-from colfolio.diagnosis.planning.graph_memory import Rows
+from colfolio.diagnosis.planning.graph_memory import Rows, vision_width
 from colfolio.diagnosis.planning.machine import Machine, Speed, numerics_of, speed_of
 from colfolio.diagnosis.planning.numerics import WIDE, Numerics
 from colfolio.diagnosis.planning.row_sizes import BatchSize, RowSize
 from colfolio.models.border import frozen_border
 from colfolio.models.gradient_checkpointing import checkpoint_layers
 from colfolio.models.retriever import Retriever
+from colfolio.models.towers import exits
 from colfolio.training import TrainSettings
 
 MARGIN = 0.1  # of the memory, for fragments of the allocator and for what else runs
@@ -200,13 +201,15 @@ def _from_cache(
     budget = (settings.features.ram_mb + settings.features.disk_mb) * _MIB
     if border is None or not budget or not batch.corpus or not epochs or epochs <= 1:
         return 0.0
-    config, row = retriever.backbone.config, batch.document
+    visual, row = retriever.backbone.visual, batch.document
     merge = retriever.contract.pixel_budget.merge
+    hidden = retriever.backbone.config.get_text_config().hidden_size
     if border.tower == "vision":
-        numbers = row.patches * config.vision_config.embed_dim
+        numbers = row.patches * vision_width(visual.blocks[0])
+    elif border.layers:
+        numbers = row.tokens * hidden
     else:
-        rows = row.tokens if border.layers else row.patches // merge**2
-        numbers = rows * config.get_text_config().hidden_size
+        numbers = row.patches // merge**2 * hidden * len(exits(visual))
     kept = min(1.0, budget / (numbers * WIDE * batch.corpus))
     return kept * (1 - 1 / epochs)
 

@@ -58,3 +58,25 @@ def test_nothing_is_left_of_a_base_that_failed(shape_file, shapes_folder, tmp_pa
 def test_what_is_no_base_is_named(tmp_path):
     with pytest.raises(ColfolioError, match=r"nothing"):
         init_command(str(tmp_path / "nothing"), tmp_path / "base")
+
+
+def test_a_folder_that_is_not_free_is_left_as_it_is(shape_file, shapes_folder, tmp_path):
+    init_command(str(shape_file), tmp_path / "base", dataset=str(shapes_folder))
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    with pytest.raises(ColfolioError, match="base: is not free"):
+        init_command(str(shape_file), tmp_path / "base", seed=1, dataset=str(shapes_folder))
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+
+
+def test_vectors_without_dimensions_are_refused(shape_file, shapes_folder, tmp_path, retriever):
+    with pytest.raises(ColfolioError, match="dim 0"):
+        init_command(str(shape_file), tmp_path / "base", dim=0, dataset=str(shapes_folder))
+    with pytest.raises(ColfolioError, match="dim 0"):
+        init_command(str(tmp_path), tmp_path / "base", dim=0)
+
+
+def test_what_had_to_be_assumed_is_printed(tmp_path, retriever, tiny_tokenizer, capsys):
+    retriever.backbone.save_pretrained(tmp_path / "published")
+    tiny_tokenizer.save(str(tmp_path / "published" / "tokenizer.json"))
+    init_command(str(tmp_path / "published"), tmp_path / "base")
+    assert "no preprocessor_config.json" in capsys.readouterr().out

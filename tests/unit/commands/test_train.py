@@ -11,6 +11,7 @@ import torch
 from colfolio.commands import train as train_module
 from colfolio.commands.run_folder import RunFolder, recipe_of
 from colfolio.commands.train import resume_command, train_command
+from colfolio.data.dataset import load_dataset
 from colfolio.errors import CheckpointError, ColfolioError, DatasetError, RecipeError
 from colfolio.models import Retriever
 from colfolio.training import newest_checkpoint
@@ -65,10 +66,29 @@ def test_a_run_leaves_its_recipe_log_checkpoints_and_model(write_recipe, run):
     assert weights_of(run) == last.fingerprint()
 
 
+def test_the_model_tells_its_recipe_its_data_and_what_it_reached(
+    write_recipe, run, tmp_path, shapes_folder
+):
+    train_command(write_recipe())
+    told = Retriever.from_pretrained(run / "model").contract
+    assert told.recipe["train"]["steps"] == 6
+    assert (told.recipe["model"], told.recipe["dataset"]) == ("base", "shapes")
+    assert str(tmp_path) not in told.model_dump_json()
+    assert told.data == {"shapes train": load_dataset(str(shapes_folder), "train").fingerprint}
+    last = [row for row in log_of(run) if row["kind"] == "evaluation"][-1]
+    assert (last["step"], told.metrics) == (6, {"validation ndcg@5": last["ndcg@5"]})
+
+
+def test_a_model_that_was_not_evaluated_tells_no_metrics(write_recipe, run):
+    train_command(write_recipe(validation={"split": None}))
+    assert Retriever.from_pretrained(run / "model").contract.metrics == {}
+
+
 def test_the_trained_model_keeps_the_contract_of_its_base(write_recipe, run, base_folder):
     train_command(write_recipe())
     base, trained = (Retriever.from_pretrained(p) for p in (base_folder, run / "model"))
-    assert trained.contract == base.contract
+    assert trained.contract.deciding() == base.contract.deciding()
+    assert trained.contract.base_hash == base.contract.base_hash
     assert trained.fingerprint() != base.fingerprint()
 
 

@@ -72,8 +72,15 @@ def test_four_patches_of_one_token_stand_behind_one_another():
 
 
 @pytest.mark.parametrize(
-    "values", [{"min_pixels": 9999, "max_pixels": 999}, {"min_pixels": 0}, {"patch": 0}]
+    "values",
+    [
+        {"min_pixels": 9999, "max_pixels": 999},
+        {"min_pixels": 0},
+        {"patch": 0},
+        {"std": (0.5, 0.0, 0.5)},
+        {"mean": (0.5, float("nan"), 0.5)},
+    ],
 )
 def test_a_budget_that_no_image_can_meet_is_refused(values):
-    with pytest.raises(ValueError, match=r"pixels|greater"):
+    with pytest.raises(ValueError, match=r"pixels|greater|std above 0"):
         PixelBudget(**values)

@@ -103,6 +103,29 @@ def test_a_graph_holds_what_is_counted(request, sides, size, frozen, precision, 
             assert counted.held == pytest.approx(measured, rel=0.02), (which, name)
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_graph_of_another_family_holds_what_is_counted(
+    make_family_retriever, random_image, texts, family, frozen, precision, attention
+):
+    retriever = make_family_retriever(family).train()
+    freeze(retriever, frozen)
+    set_attention(retriever.backbone, attention)
+    side = 8 * retriever.contract.pixel_budget.patch  # whole windows
+    for sizes in ([(side, side)] * 3, [(side, 2 * side)], [(side, side), (2 * side, side)]):
+        packed = retriever.collator.documents([random_image(*size) for size in sizes])
+        counted = graph_memory(
+            retriever, rows_of(packed), Numerics(precision, attention, is_cuda=False)
+        )
+        measured = forward(retriever, packed, precision)[1]
+        assert counted.held == pytest.approx(measured, rel=0.02), sizes
+    packed = retriever.collator.queries(texts)
+    counted = graph_memory(retriever, rows_of(packed), Numerics(precision, attention, False))
+    assert counted.held == pytest.approx(forward(retriever, packed, precision)[1], rel=0.02)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("frozen", ["nothing", "vision"])
 def test_checkpointed_layers_hold_their_inputs_and_the_angles_of_all(mid, sides, precision, frozen):

@@ -1,11 +1,15 @@
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from colfolio.data.prompts import IMAGE_TOKEN
 from colfolio.errors import CheckpointError
 from colfolio.models import Shape, base_from_shape, base_from_weights, train_tokenizer
-from colfolio.models.base import TokenizerSettings
 from colfolio.models.contract import hash_weights
+from colfolio.models.families import FAMILIES
+from colfolio.models.shape import TokenizerSettings
 
 
 def test_one_seed_gives_one_set_of_weights(make_retriever):
@@ -83,38 +87,133 @@ def test_an_unknown_key_of_a_shape_is_refused():
         Shape.model_validate({"backbone": {}, "dims": 3})
 
 
+@pytest.fixture
+def publish(tmp_path, tiny_tokenizer):
+    """Writes a backbone as its authors do: in a layout, with the head of a language model."""
+
+    def publish(backbone, layout="nested", dtype=torch.float32, **more):
+        folder = tmp_path / "published"
+        folder.mkdir(exist_ok=True)
+        weights = {
+            PUBLISHED[layout](name): tensor.to(dtype).contiguous()
+            for name, tensor in backbone.state_dict().items()
+        }
+        head = {} if layout == "engine" else {"lm_head.weight": torch.ones(2, 3, dtype=dtype)}
+        weights |= head | more
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        backbone.config.to_json_file(folder / "config.json", use_diff=False)
+        tiny_tokenizer.save(str(folder / "tokenizer.json"))
+        return folder
+
+    return publish
+
+
+def outer(name):
+    """The older layout: the decoder lies beside the vision tower."""
+    return name.replace("language_model.", "model.")
+
+
+PUBLISHED = {"nested": lambda name: f"model.{name}", "hub": outer, "engine": str}
+
+
+@pytest.mark.parametrize("layout", PUBLISHED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_base_from_published_weights_keeps_them_and_draws_one_projection(
-    tmp_path, retriever, tiny_tokenizer
+    make_family_retriever, publish, family, layout
 ):
-    retriever.backbone.save_pretrained(tmp_path / "published")
-    tiny_tokenizer.save(str(tmp_path / "published" / "tokenizer.json"))
-    bases = [base_from_weights(tmp_path / "published", 24, seed) for seed in (0, 0, 1)]
-    first, again, other = bases
-    published = retriever.backbone.state_dict()
-    for base in bases:
+    published = make_family_retriever(family).backbone
+    folder = publish(published, layout, torch.bfloat16)
+    first, again, other = (base_from_weights(folder, 24, seed) for seed in (0, 0, 1))
+    for base in (first, other):
         for name, tensor in base.backbone.state_dict().items():
-            assert torch.equal(tensor, published[name]), name
+            assert torch.equal(tensor, published.state_dict()[name].to(torch.bfloat16)), name
+        assert {weight.dtype for weight in base.parameters()} == {torch.bfloat16}
     assert first.dim == 24
     assert first.fingerprint() == again.fingerprint() != other.fingerprint()
 
 
-def test_published_weights_that_lack_a_tensor_are_refused(tmp_path, retriever, tiny_tokenizer):
-    from safetensors.torch import load_file, save_file
+def test_a_base_says_where_its_weights_are_from(retriever, publish):
+    contract = base_from_weights(publish(retriever.backbone), 8, 0).contract
+    assert (contract.source.name, contract.source.revision) == ("published", None)
+    assert contract.base_hash != contract.projection_hash != ""
 
-    folder = tmp_path / "published"
-    retriever.backbone.save_pretrained(folder)
-    tiny_tokenizer.save(str(folder / "tokenizer.json"))
-    weights = load_file(folder / "model.safetensors")
-    weights.pop(next(name for name in weights if "q_proj" in name))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="q_proj"):
+
+def test_the_projection_keeps_the_variance_of_what_it_reads(retriever, publish):
+    projection = base_from_weights(publish(retriever.backbone), 4096, 0).projection
+    states = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
+    assert abs(projection(states).var() - 1) < 0.1
+    assert not projection.bias.any()
+
+
+def test_images_enter_a_base_as_its_processor_says_but_no_larger_than_a_retriever_takes(
+    retriever, publish
+):
+    folder = publish(retriever.backbone)
+    silent = base_from_weights(folder, 8, 0).contract
+    assert silent.pixel_budget == FAMILIES["qwen2_vl"].pixel_budget
+    assert any("preprocessor_config.json" in sentence for sentence in silent.assumed)
+    said = {
+        "min_pixels": 784,
+        "max_pixels": 12845056,
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.5, 0.5, 0.5],
+        "patch_size": 14,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    contract = base_from_weights(folder, 8, 0).contract
+    budget = contract.pixel_budget
+    assert (budget.min_pixels, budget.mean) == (784, (0.1, 0.2, 0.3))
+    assert budget.max_pixels == FAMILIES["qwen2_vl"].pixel_budget.max_pixels
+    assert contract.assumed == ()
+
+
+def test_a_processor_that_cuts_other_patches_than_the_tower_reads_is_refused(retriever, publish):
+    folder = publish(retriever.backbone)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"patch_size": 16}))
+    with pytest.raises(CheckpointError, match=r"pixel_budget\.patch is 16, not 14"):
         base_from_weights(folder, 8, 0)
 
 
-def test_a_trained_retriever_is_no_base_to_draw_a_new_projection_for(tmp_path, retriever):
+def test_published_weights_that_lack_a_tensor_are_refused(retriever, publish):
+    folder = publish(retriever.backbone)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.language_model.layers.0.self_attn.q_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"Missing: language_model\.layers\.0.*q_proj"):
+        base_from_weights(folder, 8, 0)
+
+
+@pytest.mark.parametrize("name", ["lm_head.bias", "model.visual.gate.weight", "classifier.weight"])
+def test_no_tensor_but_the_head_is_left_out(retriever, publish, name):
+    folder = publish(retriever.backbone, **{name: torch.ones(2)})
+    with pytest.raises(CheckpointError, match=rf"Unexpected: .*{name.removeprefix('model.')}"):
+        base_from_weights(folder, 8, 0)
+
+
+def test_code_that_comes_with_weights_is_never_run(retriever, publish):
+    folder = publish(retriever.backbone)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModel": "a.B"}}))
+    with pytest.raises(CheckpointError, match="auto_map"):
+        base_from_weights(folder, 8, 0)
+
+
+def test_a_trained_retriever_is_no_base_to_draw_a_new_projection_for(tmp_path, retriever, publish):
     retriever.save_pretrained(tmp_path / "trained")
-    with pytest.raises(CheckpointError, match="custom_text_proj"):
-        base_from_weights(tmp_path / "trained", 8, 0)
+    foreign = publish(retriever.backbone, "engine", **{"custom_text_proj.weight": torch.ones(3)})
+    for folder in (tmp_path / "trained", foreign):
+        with pytest.raises(CheckpointError, match=r"is a retriever already.*custom_text_proj"):
+            base_from_weights(folder, 8, 0)
+
+
+def test_a_tokenizer_of_another_model_is_refused(retriever, publish):
+    folder = publish(retriever.backbone)
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace(IMAGE_TOKEN, "<|other|>"))
+    with pytest.raises(CheckpointError, match="image_pad"):
+        base_from_weights(folder, 8, 0)
 
 
 def test_a_tokenizer_reads_every_text_and_knows_the_special_tokens():

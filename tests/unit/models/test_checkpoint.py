@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from colfolio.errors import CheckpointError
-from colfolio.models import Retriever, checkpoint, hub
+from colfolio.models import Retriever, hub
+from colfolio.models.formats import writing
 
 WEIGHTS = "model.safetensors"
 
@@ -64,10 +65,12 @@ def test_every_dtype_survives_saving(tmp_path, make_retriever):
 
 def test_weights_in_several_files_are_read_as_one(saved, shared_retriever):
     weights = load_file(saved / WEIGHTS)
-    names = sorted(weights)
+    names, shards = sorted(weights), {}
     for part, begin in (("00001", 0), ("00002", 1)):
         tensors = {name: weights[name] for name in names[begin::2]}
         save_file(tensors, saved / f"model-{part}-of-00002.safetensors")
+        shards |= dict.fromkeys(tensors, f"model-{part}-of-00002.safetensors")
+    (saved / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": shards}))
     (saved / WEIGHTS).unlink()
     assert Retriever.from_pretrained(saved).fingerprint() == shared_retriever.fingerprint()
 
@@ -226,7 +229,7 @@ def test_an_interrupted_save_leaves_the_older_checkpoint(
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_contract", full)
+    monkeypatch.setattr(writing, "save_contract", full)
     with pytest.raises(OSError, match="No space left"):
         make_retriever(seed=1).save_pretrained(saved)
     assert Retriever.from_pretrained(saved).fingerprint() == shared_retriever.fingerprint()

@@ -1,6 +1,3 @@
-import inspect
-
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -8,7 +5,6 @@ from PIL import Image
 from colfolio import MultiVectors, maxsim
 from colfolio.data import collate
 from colfolio.errors import DocumentError
-from colfolio.models import retriever as retriever_module
 
 
 def test_vectors_are_of_unit_length_float32_and_as_many_as_tokens(shared_retriever, texts, pages):
@@ -58,22 +54,6 @@ def test_a_query_of_no_tokens_at_all_is_refused_by_name(make_retriever, tiny_sha
     retriever = make_retriever(templates=templates).eval()
     with pytest.raises(ValueError, match=r"query 1 .*no tokens"):
         retriever.encode_queries(["a", ""])
-
-
-@pytest.mark.parametrize(
-    "pixels",
-    [
-        np.zeros((56, 56), np.uint8),
-        np.zeros((56, 56, 4), np.uint8),
-        np.zeros((3, 56, 56), np.uint8),
-        np.zeros((56, 56, 3), np.float32),
-    ],
-    ids=["grey", "alpha", "channels first", "float"],
-)
-def test_an_array_that_is_no_rgb_image_is_refused(pixels):
-    # unwrapped, because the shapes that tests execute refuse these before the code does
-    with pytest.raises(ValueError, match=r"uint8 \[height, width, 3\]"):
-        inspect.unwrap(retriever_module._shown)(pixels)
 
 
 def test_an_image_that_cannot_be_read_is_named(shared_retriever, tmp_path):

@@ -1,0 +1,189 @@
+"""Low-rank adapters of a retriever: added, saved, loaded, merged, and taken away again.
+
+peft's layers do the work inside the model; names and folders are those that colpali-engine and peft
+read. An adapter is tied to its base by the hash of the base's weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from colfolio.errors import CheckpointError, ColfolioError
+from colfolio.models.contract import Contract, hash_weights
+from colfolio.models.lora.files import is_adapter_folder, read_adapter, write_adapter
+from colfolio.models.lora.layers import drop_all, fold_all, is_adapted, merge_all, unmerge_all
+from colfolio.models.lora.opening import put_in
+from colfolio.models.lora.placing import (
+    PROJECTION_NAME,
+    LoraSettings,
+    first_weights,
+    inject,
+    lora_layers,
+    named_modules,
+    plan_of,
+)
+from colfolio.models.retriever import Retriever
+
+__all__ = [
+    "LoraSettings",
+    "add_lora",
+    "has_adapter",
+    "is_adapter_folder",
+    "load_adapter",
+    "merge",
+    "remove",
+    "save_adapter",
+    "unmerge",
+]
+
+
+def add_lora(retriever: Retriever, settings: LoraSettings, seed: int) -> None:
+    """Put fresh adapters into a retriever, in place; no vector changes by it.
+
+    All else is frozen, except a projection that is trained wholly.
+
+    Args:
+        seed: of the matrices A; B is zero. Equal seeds give equal weights on every machine.
+
+    Raises:
+        ColfolioError: peft is missing, the retriever has an adapter, or a name of the settings is
+            of no linear layer.
+    """
+    _refuse_second(retriever)
+    root = _root(retriever)
+    plan = plan_of(root, settings)
+    weights = first_weights(root, plan, seed)
+    inject(root, plan, weights)
+    _take_over(retriever, root)
+
+
+def has_adapter(retriever: Retriever) -> bool:
+    """Whether there is an adapter, at work or merged so that it can be set apart again."""
+    return is_adapted(_root(retriever))
+
+
+def merge(retriever: Retriever, *, keeps_adapter: bool = False) -> None:
+    """Let one product compute what a layer and its adapter do, in place.
+
+    `W + scale * B A` is summed in float32 at least, and rounded once to the dtype of W.
+
+    Args:
+        keeps_adapter: for `unmerge`; then the adapted layers are in memory twice. Without, the
+            plain layers alone are left, all of which train, as in a model just loaded.
+
+    Raises:
+        ColfolioError: there is no adapter, or it is merged.
+    """
+    _change(retriever, merge_all if keeps_adapter else fold_all, needs_open=True)
+    if not keeps_adapter:
+        retriever.requires_grad_(True)
+
+
+def unmerge(retriever: Retriever) -> None:
+    """Set adapters that `merge` kept apart again; all weights are what they were, to the bit.
+
+    Raises:
+        ColfolioError: nothing is merged, or the adapter was not kept.
+    """
+    root = _root(retriever)
+    if not unmerge_all(root):
+        raise ColfolioError(
+            "nothing to set apart: merge(retriever, keeps_adapter=True) comes first"
+        )
+    _take_over(retriever, root)
+
+
+def remove(retriever: Retriever) -> None:
+    """Take the adapter away: the weights are the base's, to the bit; the contract stays.
+
+    All of them train, as in a model just loaded.
+
+    Raises:
+        ColfolioError: there is no adapter.
+    """
+    _change(retriever, drop_all, needs_open=False)
+    retriever.requires_grad_(True)
+
+
+def save_adapter(
+    retriever: Retriever, folder: str | Path, base: str, revision: str | None = None
+) -> None:
+    """Write the adapter alone, with the contract and the hash of its base.
+
+    Args:
+        base: hub id or folder of the base; a relative folder is looked for from the adapter's.
+        revision: of a hub id.
+
+    Raises:
+        ColfolioError: there is no adapter, or it is merged.
+        CheckpointError: the folder holds something else than an adapter, or cannot be written.
+    """
+    root = _root(retriever)
+    _check_open(root)
+    found = hash_weights(retriever.weights())
+    contract = retriever.contract.model_copy(update={"base_hash": found})
+    write_adapter(root, contract, Path(folder), base, revision)
+
+
+def load_adapter(retriever: Retriever, folder: str | Path) -> None:
+    """Put the adapter of a folder into a retriever, in place; strict, and on its own base alone.
+
+    `Retriever.from_pretrained` opens such a folder with its base.
+
+    Raises:
+        ColfolioError: peft is missing, or the retriever has an adapter.
+        CheckpointError: the folder is damaged, was trained on other weights or with another
+            contract, or asks for what is not honoured here; the retriever is as it was.
+    """
+    _refuse_second(retriever)
+    adapter = read_adapter(Path(folder))
+    if adapter.contract is not None:
+        _check_same_use(adapter.contract, retriever.contract, adapter.folder)
+    projection, contract = put_in(
+        adapter, retriever.backbone, retriever.projection, retriever.contract
+    )
+    retriever.projection, retriever.contract = projection, contract
+
+
+def _root(retriever: Retriever) -> nn.Module:
+    return named_modules(retriever.backbone, retriever.projection)
+
+
+def _take_over(retriever: Retriever, root: nn.Module) -> None:
+    """The projection is the one module that another object holds."""
+    retriever.projection = root.get_submodule(PROJECTION_NAME)
+
+
+def _change(retriever: Retriever, change: Callable[[nn.Module], None], *, needs_open: bool) -> None:
+    root = _root(retriever)
+    if needs_open or not is_adapted(root):
+        _check_open(root)
+    change(root)
+    _take_over(retriever, root)
+
+
+def _check_open(root: nn.Module) -> None:
+    if not is_adapted(root):
+        raise ColfolioError("the retriever has no adapter: add_lora or load_adapter comes first")
+    if next(lora_layers(root), None) is None:
+        raise ColfolioError("the adapter is merged: unmerge(retriever) comes first")
+
+
+def _refuse_second(retriever: Retriever) -> None:
+    if has_adapter(retriever):
+        raise ColfolioError("the retriever has an adapter: merge it, or remove it")
+
+
+def _check_same_use(theirs: Contract, ours: Contract, folder: Path) -> None:
+    """Refuse an adapter that was trained on other inputs than those which the retriever makes."""
+    mine, its = json.loads(ours.deciding()), json.loads(theirs.deciding())
+    other = [f"{name} {its[name]!r}, not {mine[name]!r}" for name in its if its[name] != mine[name]]
+    if other:
+        raise CheckpointError(
+            f"{folder}: was trained with another contract than the retriever's: {'; '.join(other)};"
+            " Retriever.from_pretrained(adapter, base=...) takes that of the adapter"
+        )

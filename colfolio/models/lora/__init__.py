@@ -1,0 +1,1 @@
+"""Low-rank adapters by peft: where they go, their layers, their files."""
