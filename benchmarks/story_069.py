@@ -13,7 +13,9 @@ Trains the demo's model on the demo's data, from the same random weights for a s
 Kept of each run: loss, chance level, floor, margin, spread of scores and share of first ranks every
 few steps, and nDCG@5 over the validation headings at the end. Writes
 `benchmarks/results/story_069.json` and `docs/stories/loss_069.png`. `--quick` does it with coloured
-shapes and a few runs in two minutes, and writes into the folder of `--out` alone.
+shapes and a few runs in two minutes, and writes into the folder of `--out` alone. The results are
+written after every run, and what stands there of the same commit is not run again, so that an
+hour's work can be done in parts.
 """
 
 from __future__ import annotations
@@ -110,15 +112,44 @@ def main() -> None:
     if options.out or options.quick:
         folder = options.out or Path(tempfile.mkdtemp(prefix="story-069-"))
         results, picture = folder / RESULTS.name, folder / PICTURE.name
+    for path in (results, picture):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    arms = quick_arms() if options.quick else all_arms()
+    seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
     with tempfile.TemporaryDirectory() as scratch:
         make = quick_setting if options.quick else demo_setting
         setting = make(Path(scratch), options.threads)
-        arms = quick_arms() if options.quick else all_arms()
-        seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
-        runs = list(runs_of(setting, arms, seeds))
         by_chance = chance_ndcg(setting.validation)
-    for path in (results, picture):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        runs = known_runs(results)
+        for run in new_runs(setting, arms, seeds, runs):
+            runs.append(run)
+            write(runs, by_chance, setting, results)
+    runs.sort(key=lambda run: (arms.index(run.arm), run.seed))
+    draw(runs, by_chance, picture)
+    print(table(runs, by_chance))
+    print(f"\n{results}\n{picture}")
+
+
+def known_runs(path: Path) -> list[Run]:
+    """Runs that an earlier call left, if they are of this commit."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["commit"] != commit():
+        return []
+    return [
+        Run(
+            Arm(**run["arm"]),
+            run["seed"],
+            run["ndcg"],
+            run["seconds"],
+            [Point(**each) for each in run["curve"]],
+        )
+        for run in record["runs"]
+    ]
+
+
+def write(runs: list[Run], by_chance: float, setting: Setting, path: Path) -> None:
     record = {
         "machine": machine(),
         "commit": commit(),
@@ -126,10 +157,7 @@ def main() -> None:
         "candidates": len(setting.validation.corpus.ids),
         "runs": [asdict(run) for run in runs],
     }
-    results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    draw(runs, by_chance, picture)
-    print(table(runs, by_chance))
-    print(f"\n{results}\n{picture}")
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def all_arms() -> list[Arm]:
@@ -168,14 +196,19 @@ def _setting(folder: Path, shape: Shape, learning_rate: float, threads: int) -> 
     return Setting(shape, *splits, learning_rate, threads)
 
 
-def runs_of(setting: Setting, arms: list[Arm], seeds: list[int]) -> Iterator[Run]:
-    for arm in arms:
-        for seed in seeds:
+def new_runs(
+    setting: Setting, arms: list[Arm], seeds: list[int], known: list[Run]
+) -> Iterator[Run]:
+    done = {(run.arm, run.seed) for run in known}
+    for seed in seeds:
+        for arm in arms:
+            if (arm, seed) in done:
+                continue
             run = run_arm(setting, arm, seed)
             last = run.curve[-1]
             print(
-                f"{arm} seed {seed}: loss {last.loss:.3f} (chance {last.chance:.3f}), "
-                f"nDCG@5 {run.ndcg:.3f}, {run.seconds:.0f} s",
+                f"seed {seed}, {arm.kind}, {arm.rows} rows, {told(arm)}: loss {last.loss:.3f} "
+                f"(chance {last.chance:.3f}), nDCG@5 {run.ndcg:.3f}, {run.seconds:.0f} s",
                 flush=True,
             )
             yield run
