@@ -1,4 +1,4 @@
-"""What crosses layers: packed token inputs, ragged rows of vectors, and a contrastive batch.
+"""What crosses layers: packed token inputs, ragged rows of vectors, batches of both objectives.
 
 Nothing here is padded. Rows lie behind one another in one tensor, and `offsets` says where each
 begins: row i is `[offsets[i], offsets[i + 1])`. Offsets and grids are always on the CPU, because
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+
+UNLABELLED = -100  # as `torch.nn.functional.cross_entropy` leaves out
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,46 @@ class ContrastiveBatch:
             self.document_digests,
             None if self.teacher is None else self.teacher.to(device),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class TextBatch:
+    """Rows of tokens, and what is to be predicted in them.
+
+    Args:
+        inputs: one row a conversation.
+        labels: int64 `[tokens]`: the token that follows in the row, where it is one of an answer,
+            and `UNLABELLED` elsewhere.
+        row_ids: int64, a number for each row that is the same whatever batch, chunk or rank it
+            comes in: dropout draws from it.
+    """
+
+    inputs: Packed
+    labels: Int64[Tensor, " tokens"]
+    row_ids: Int64[Tensor, " rows"]
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != len(self.inputs.token_ids) or len(self.row_ids) != len(self.inputs):
+            raise ValueError(
+                f"{len(self.inputs)} rows of {len(self.inputs.token_ids)} tokens need as many ids "
+                f"and labels, received {len(self.row_ids)} and {len(self.labels)}"
+            )
+        ends = self.inputs.offsets[1:][self.inputs.lengths > 0] - 1
+        if (self.labels[ends] != UNLABELLED).any():
+            raise ValueError("the last token of a row has a label, but none of its row follows it")
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens that are to be predicted."""
+        return int((self.labels != UNLABELLED).sum())
+
+    def rows(self, begin: int, end: int) -> TextBatch:
+        """Rows `[begin, end)` as a batch of their own; its tensors are views of these."""
+        tokens = slice(int(self.inputs.offsets[begin]), int(self.inputs.offsets[end]))
+        return TextBatch(self.inputs.rows(begin, end), self.labels[tokens], self.row_ids[begin:end])
 
 
 def offsets_of(lengths: Sequence[int] | Int64[Tensor, " rows"]) -> Int64[Tensor, "rows_and_one"]:

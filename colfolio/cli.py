@@ -13,17 +13,14 @@ from typing import Annotated, Literal
 
 import typer
 
-# A file system that refuses: full, not writable, or something else stands where a folder should.
+# A file system that refuses: full, failing, not to be written, or without a place of that name.
+# Not limits of the machine (memory, open files): what met them is to be seen in a traceback.
 _USERS_ERRORS = frozenset(
     {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EACCES,
-        errno.EROFS,
-        errno.EEXIST,
-        errno.ENOTDIR,
-        errno.EISDIR,
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+        *(errno.EACCES, errno.EPERM, errno.EROFS),
+        *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+        *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
     }
 )
 
@@ -109,6 +106,7 @@ def init(
     vision: Annotated[
         str | None, typer.Option(help="Qwen2-VL whose vision tower a text decoder gets.")
     ] = None,
+    vision_revision: Annotated[str | None, typer.Option(help="Of that hub id.")] = None,
     scheme: Annotated[
         str | None, typer.Option(help="Positions grafted onto that decoder; qwen2_vl if unset.")
     ] = None,
@@ -124,6 +122,7 @@ def init(
         dataset=dataset,
         revision=revision,
         vision=vision,
+        vision_revision=vision_revision,
         scheme=scheme,
     )
 
@@ -177,6 +176,20 @@ def plan(
 
     if not plan_command(recipe, overrides or [], gpu=gpu, ranks=ranks):
         raise typer.Exit(1)
+
+
+@app.command()
+def parts(
+    model: Annotated[str, typer.Argument(help="Checkpoint or adapter: folder or hub id.")],
+    recipe: Annotated[
+        Path | None, typer.Argument(help="YAML recipe that is to train it.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show a model by its parts: how large each is, what trains of it, and what that takes."""
+    from colfolio.commands.parts import parts_command
+
+    parts_command(model, recipe, overrides or [])
 
 
 @app.command()
@@ -282,6 +295,9 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="The base with its adapter in it.")
     ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Where an adapter's base is, if not where it says.")
+    ] = None,
     push: Annotated[
         str | None, typer.Option(help="Hub id, owner/name, of a repository that gets it.")
     ] = None,
@@ -297,6 +313,7 @@ def export(
         *(model, to, out),
         adapter=adapter,
         merged=merge,
+        base=base,
         push_to=push,
         private=private,
         revision=revision,

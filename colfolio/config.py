@@ -7,7 +7,8 @@ knows how to read and write them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,12 +39,15 @@ def load_settings(
 
     Raises:
         RecipeError: the file is missing or no YAML mapping, a key is unknown, a value does not fit;
-            each fault is named with its key.
+            each fault is named with its line and key.
     """
     values = _read_mapping(path)
     for override in overrides:
         apply_override(values, override)
-    return validated(values, kind, str(path))
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_faults(error, lambda key: _place(path, key, overrides))) from None
 
 
 def validated(values: object, kind: type[AnySettings], origin: str) -> AnySettings:
@@ -51,7 +55,46 @@ def validated(values: object, kind: type[AnySettings], origin: str) -> AnySettin
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{origin}: {_faults(error)}") from None
+        faults = _faults(error, lambda _: "")
+        raise RecipeError(f"{origin}: {faults}") from None
+
+
+@contextmanager
+def naming_lines(path: Path, inside: str, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """A context in which errors that name a key of settings get the line of the recipe.
+
+    Args:
+        path: the recipe.
+        inside: the key of the recipe under which those settings are.
+        overrides: as of `load_settings`; what they set is in no line.
+    """
+    try:
+        yield
+    except RecipeError as error:
+        if not error.key:
+            raise
+        place = _place(path, f"{inside}.{error.key}", overrides)
+        raise RecipeError(f"{place}{inside}.{error}") from None
+
+
+def line_of(text: str, key: str) -> int | None:
+    """The line of a key in YAML, counted from 1; of the deepest that is there of `a.0.b`.
+
+    >>> line_of("train:\\n  thaw:\\n  - open: [norm]\\n    lr: 1", "train.thaw.0.lr.x")
+    4
+    """
+    node, line = yaml.compose(text, Loader=_RecipeLoader), None
+    for name in key.split("."):
+        inside: list[tuple[str, yaml.Node, yaml.Node]] = []
+        if isinstance(node, yaml.MappingNode):
+            inside = [(str(name.value), name, value) for name, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            inside = [(str(number), value, value) for number, value in enumerate(node.value)]
+        found = next((each for each in inside if each[0] == name), None)
+        if found is None:
+            break
+        line, node = found[1].start_mark.line + 1, found[2]
+    return line
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -87,18 +130,29 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
-def _faults(error: ValidationError) -> str:
+def _place(path: Path, key: str, overrides: Sequence[str]) -> str:
+    """What an error about a key begins with: the file, and its line if the key stands there."""
+    given = [override.partition("=")[0] for override in overrides]
+    if any(f"{key}.".startswith(f"{each}.") for each in given):
+        return f"{path}: "
+    line = line_of(path.read_text(encoding="utf-8"), key)
+    return f"{path}: " if line is None else f"{path}:{line}: "
+
+
+def _faults(error: ValidationError, place: Callable[[str], str]) -> str:
+    """All faults in one line, each behind its place."""
     faults = []
     for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"]) or "recipe"
+        key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            faults.append(f"unknown key {key!r}")
+            faults.append(f"{place(key)}unknown key {key!r}")
         else:
             message = fault["msg"].removeprefix("Value error, ")
             received = fault["input"]
             # of a mapping the key says enough
             is_plain = received is None or isinstance(received, str | int | float | list)
-            faults.append(f"{key}: {message}{f', not {received!r}' if is_plain else ''}")
+            told = f"{message}{f', not {received!r}' if is_plain else ''}"
+            faults.append(f"{place(key)}{key or 'recipe'}: {told}")
     return "; ".join(faults)
 
 

@@ -23,7 +23,15 @@ class DatasetError(ColfolioError):
 
 
 class RecipeError(ColfolioError):
-    """A recipe with an unknown key, a value out of range, or a wish that cannot be honoured."""
+    """A recipe with an unknown key, a value out of range, or a wish that cannot be honoured.
+
+    Args:
+        key: where in the settings, as `thaw.1.open`; the message then begins with it.
+    """
+
+    def __init__(self, message: object = "", key: str = "") -> None:
+        super().__init__(f"{key}: {message}" if key else message)
+        self.key = key
 
 
 class CheckpointError(ColfolioError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from colfolio.models.formats import (
     write,
     write_beside_adapter,
 )
-from colfolio.models.hub import locate, push
+from colfolio.models.hub import Location, check_push, locate, push
 from colfolio.models.lora.files import is_adapter_folder, read_adapter
+from colfolio.models.lora.opening import base_of
 
 
 def export_command(
@@ -28,6 +30,7 @@ def export_command(
     *,
     adapter: bool = False,
     merged: bool = False,
+    base: str | None = None,
     push_to: str | None = None,
     private: bool = False,
     revision: str | None = None,
@@ -38,10 +41,9 @@ def export_command(
         model: checkpoint or adapter, a folder or hub id.
         to: one of `TARGETS`.
         out: a new folder.
-        adapter: write the adapter alone.
-        merged: write the base with its adapter merged into it.
-        push_to: hub id of a repository that gets the folder.
-        private: make that repository a private one.
+        adapter, merged: write the adapter alone, or the base with its adapter merged into it.
+        base: of an adapter, as a folder or hub id; None takes the one that it names.
+        push_to, private: hub id of a repository that gets the folder, and whether it is private.
         revision: of a hub id.
 
     Raises:
@@ -49,19 +51,18 @@ def export_command(
             it, the folder is not free, or the hub does not take it.
     """
     _check_options(to, out, adapter, merged, push_to, private)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AssumedWarning)  # all of it is printed below
-        retriever = Retriever.from_pretrained(model, revision=revision, device="cpu")
+    retriever = _opened(model, revision, base)
     _check_adapter(retriever, model, adapter, merged)
     if adapter:
-        notes = _export_adapter(retriever, locate(model, revision).folder, to, out, push_to)
+        place = _base_of(locate(model, revision).folder, base, push_to)
+        notes = _export_adapter(retriever, place, to, out)
     else:
         if merged:
             merge(retriever)
         notes = write(_found(retriever), out, to)
     _print_result(out, to, (*retriever.contract.assumed, *notes))
     if push_to is not None:
-        console().print(f"pushed: {push(out, push_to, private=private)}", markup=False)
+        _push(out, push_to, private)
 
 
 def _check_options(
@@ -78,10 +79,16 @@ def _check_options(
         )
     if private and push_to is None:
         raise ColfolioError("--private is of the repository on the hub: give it with --push")
-    if push_to is not None and push_to.count("/") != 1:
-        raise ColfolioError(f"--push {push_to}: not a hub id of the form owner/name")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: is not free; give a new folder")
+    if push_to is not None:
+        check_push(push_to, private=private)
+
+
+def _opened(model: str, revision: str | None, base: str | None) -> Retriever:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AssumedWarning)  # all of it is printed by the caller
+        return Retriever.from_pretrained(model, revision=revision, device="cpu", base=base)
 
 
 def _check_adapter(retriever: Retriever, model: str, adapter: bool, merged: bool) -> None:
@@ -96,24 +103,37 @@ def _check_adapter(retriever: Retriever, model: str, adapter: bool, merged: bool
         )
 
 
-def _export_adapter(
-    retriever: Retriever, source: Path, to: str, out: Path, push_to: str | None
-) -> tuple[str, ...]:
-    """Write an adapter alone, on the base that it names; returns what a user has to know."""
+def _base_of(source: Path, given: str | None, push_to: str | None) -> Location:
+    """Where the base is that an adapter was opened on.
+
+    Raises:
+        ColfolioError: the adapter is to be pushed, and the base is on this machine alone.
+    """
     assert is_adapter_folder(source), "a model with an adapter was read from an adapter's folder"
-    config = read_adapter(source).config
-    base, revision = str(config.base_model_name_or_path), config.revision
-    beside = source / base
-    if beside.is_dir():
-        base, revision = str(beside.resolve()), None
-        if push_to is not None:
-            raise ColfolioError(
-                f"--push: the base of this adapter is the folder {base}, which nobody else has; "
-                "push the base and name it in adapter_config.json, or give --merge"
-            )
+    place = base_of(read_adapter(source), given, with_weights=False)
+    if push_to is not None and place.hub_id is None:
+        raise ColfolioError(
+            f"--push: the base of this adapter is the folder {place.folder}, which nobody else "
+            "has; push that first and give its id as --base, or give --merge"
+        )
+    return place
+
+
+def _export_adapter(retriever: Retriever, place: Location, to: str, out: Path) -> tuple[str, ...]:
+    """Write an adapter alone, on the base that it was opened on; what a user has to know."""
+    base = place.hub_id or str(place.folder.resolve())
     with whole_folder(out) as aside:
-        save_adapter(retriever, aside, base, revision)
+        save_adapter(retriever, aside, base, place.commit)
         return write_beside_adapter(_found(retriever), aside, to, base)
+
+
+def _push(out: Path, push_to: str, private: bool) -> None:
+    try:
+        address = push(out, push_to, private=private)
+    except CheckpointError as error:
+        again = f"hf upload {push_to} {shlex.quote(str(out))}{' --private' if private else ''}"
+        raise CheckpointError(f"{error}. It is written and stays; push it with: {again}") from None
+    console().print(f"pushed: {address}", markup=False)
 
 
 def _print_result(out: Path, to: str, notes: tuple[str, ...]) -> None:

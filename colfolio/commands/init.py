@@ -27,17 +27,17 @@ def init_command(
     dataset: str | None = None,
     revision: str | None = None,
     vision: str | None = None,
+    vision_revision: str | None = None,
     scheme: str | None = None,
 ) -> None:
     """Make a base and save it.
 
     Args:
         base: a hub id, a folder with weights, or a YAML file with a shape.
-        out: the folder of the new base.
         dim: dimensions of each vector; None takes the shape's, or 128.
         seed: of everything drawn at random.
         dataset: whose training queries teach the tokenizer of a shape.
-        revision: of a hub id.
+        revision, vision_revision: of the hub ids `base` and `vision`.
         vision: hub id or folder of a Qwen2-VL, whose vision tower goes before the text decoder that
             `base` then is.
         scheme: of positions that are grafted onto that decoder.
@@ -46,29 +46,43 @@ def init_command(
         ColfolioError: a shape came without a dataset, options do not go together, the base cannot
             be read, or the folder is not free.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: is not free; a base is made once, so give a new folder")
-    is_shape = base.endswith((".yaml", ".yml"))
-    if scheme is not None and (vision is None or is_shape):
-        raise RecipeError("--scheme is grafted onto a text decoder: give its tower with --vision")
-    if is_shape and vision is not None:
-        raise RecipeError(f"{base}: a shape has a vision tower of its own; leave out --vision")
-    if is_shape:
+    wishes = {"dataset": dataset, "revision": revision, "vision": vision}
+    _check_options(base, out, vision_revision=vision_revision, scheme=scheme, **wishes)
+    size = 128 if dim is None else dim
+    if _is_shape(base):
         retriever = _from_shape(Path(base), dim, seed, dataset)
     elif vision is not None:
-        size = 128 if dim is None else dim
-        retriever = base_from_graft(base, vision, size, seed, scheme, revision)
+        sources = base, vision
+        retriever = base_from_graft(*sources, size, seed, scheme, revision, vision_revision)
     else:
-        retriever = base_from_weights(base, 128 if dim is None else dim, seed, revision)
-    for sentence in retriever.contract.assumed:
-        console().print(sentence, markup=False)
-    retriever.save_pretrained(out)
-    count = sum(parameter.numel() for parameter in retriever.parameters())
-    console().print(
-        f"{out}: {count / 1e6:,.2f} M parameters, vectors of {retriever.dim} dimensions, "
-        f"weights {retriever.contract.base_hash[:12]}",
-        markup=False,
+        retriever = base_from_weights(base, size, seed, revision)
+    _save(retriever, out)
+
+
+def _is_shape(base: str) -> bool:
+    return base.endswith((".yaml", ".yml"))
+
+
+def _check_options(base: str, out: Path, **wishes: str | None) -> None:
+    """Refuse a folder that is not free, and options that nothing would be done with."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: is not free; a base is made once, so give a new folder")
+    given = {f"--{name.replace('_', '-')}" for name, value in wishes.items() if value is not None}
+    is_shape, has_tower = _is_shape(base), "--vision" in given and not _is_shape(base)
+    rules = (
+        ("--scheme", has_tower, "goes onto a text decoder, whose tower is given with --vision"),
+        (
+            "--vision",
+            not is_shape,
+            "is of a decoder; a shape has a vision tower of its own",
+        ),
+        ("--vision-revision", has_tower, "is of the hub id that --vision names, and there is none"),
+        ("--revision", not is_shape, "is of a hub id, and a shape is a file"),
+        ("--dataset", is_shape, "teaches the tokenizer of a shape, and weights come with theirs"),
     )
+    for name, is_honoured, reason in rules:
+        if name in given and not is_honoured:
+            raise RecipeError(f"{base}: {name} {reason}; leave {name} out")
 
 
 def _from_shape(path: Path, dim: int | None, seed: int, dataset: str | None) -> Retriever:
@@ -80,3 +94,15 @@ def _from_shape(path: Path, dim: int | None, seed: int, dataset: str | None) -> 
     queries = load_dataset(dataset, "train").queries
     tokenizer = train_tokenizer((query.text for query in queries), shape.tokenizer)
     return base_from_shape(shape, tokenizer, seed)
+
+
+def _save(retriever: Retriever, out: Path) -> None:
+    for sentence in retriever.contract.assumed:
+        console().print(sentence, markup=False)
+    retriever.save_pretrained(out)
+    count = sum(parameter.numel() for parameter in retriever.parameters())
+    console().print(
+        f"{out}: {count / 1e6:,.2f} M parameters, vectors of {retriever.dim} dimensions, "
+        f"weights {retriever.contract.base_hash[:12]}",
+        markup=False,
+    )

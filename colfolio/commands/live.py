@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from colfolio.training import StepReport
+from colfolio.training import AnyReport, GenerationReport
 
 _SMOOTH = 50
 _FLOOR_SHOWN = 0.001
 _BAR, _GAP = 12, 2
+_PARTS_WIDTH, _PARTS_HEIGHT = 72, 16
 # what a narrow terminal goes without, the first of them first; "" is the bar
-_GIVEN_UP = ("", "rows/s", "masked", "first", "floor", "candidates", "evaluated", "left", "margin")
+_GIVEN_UP = (
+    "",
+    "rows/s",
+    "masked",
+    "first",
+    "floor",
+    "tokens/s",
+    "candidates",
+    "evaluated",
+    "left",
+    "margin",
+)
 
 
 class LiveTraining:
     """Loss beside its chance level and floor, margin, candidates, nDCG, pace and time left.
 
     What says nothing is left out: a floor of nearly 0, skipped steps where there are none. A narrow
-    terminal shows fewer numbers, but those whole.
+    terminal shows fewer numbers, but those whole. A large one shows a line for each part of the
+    model as well: its rate, the norm of its gradient, and how far a step moves its weights.
 
     Args:
         console: where to draw; if it is no terminal, a plain line is printed every `plain_every`.
@@ -38,8 +52,8 @@ class LiveTraining:
         self._steps = steps
         self._metric = metric
         self._plain_every = plain_every
-        self._recent: deque[StepReport] = deque(maxlen=_SMOOTH)
-        self._evaluated: list[tuple[int, float]] = []
+        self._recent: deque[AnyReport] = deque(maxlen=_SMOOTH)
+        self._evaluated: float | None = None
         self._skipped = 0
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
@@ -56,36 +70,41 @@ class LiveTraining:
     ) -> None:
         self._live.stop()
 
-    def step(self, report: StepReport) -> None:
+    def step(self, report: AnyReport) -> None:
         """Show a step."""
         self._recent.append(report)
         self._skipped += report.skipped
+        if report.opened:
+            self._print(report.step - 1, f"opens {', '.join(report.opened)}")
         if self._console.is_terminal:
-            self._live.update(self._table(report), refresh=report.step % 5 == 0)
+            shown = Group(self._table(report), *self._parts(report))
+            self._live.update(shown, refresh=report.step % 5 == 0)
         elif report.step % self._plain_every == 0 or report.step == self._steps:
             self._console.print(self._line(report), soft_wrap=True)
 
-    def evaluation(self, step: int, value: float) -> None:
-        """Show an evaluation."""
-        self._evaluated.append((step, value))
-        if self._console.is_terminal:
-            self._live.console.print(f"  step {step:>6}   validation {self._metric} {value:.3f}")
-        else:
-            self._console.print(f"step {step}: validation {self._metric} {value:.3f}")
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Show what an evaluation came to, a loss beside its chance level."""
+        self._evaluated = values.get(self._metric, self._evaluated)
+        told = {name: f"{value:.3f}" for name, value in values.items() if name != "negatives"}
+        if chance := told.pop("chance", None):
+            told["loss"] += f" (chance {chance})"
+        self._print(step, "validation " + ", ".join(f"{name} {told[name]}" for name in told))
 
-    def _table(self, report: StepReport) -> Table:
-        floor = f"{report.floor:.3f}" if report.floor >= _FLOOR_SHOWN else ""
+    def _print(self, step: int, text: str) -> None:
+        """A line that stays."""
+        if self._console.is_terminal:
+            self._live.console.print(f"  step {step:>6}   {text}", markup=False)
+        else:
+            self._console.print(f"step {step}: {text}", markup=False)
+
+    def _table(self, report: AnyReport) -> Table:
         cells = {
             "step": f"{report.step}/{self._steps}",
             "loss": f"{self._mean('loss'):.3f}",
             "chance": f"{report.chance:.3f}",
-            "floor": floor,
-            "margin": f"{self._mean('margin'):+.2f}",
-            "first": f"{self._mean('accuracy'):.0%}",
-            "candidates": f"{self._mean('candidates'):.0f}",
-            "masked": f"{self._mean('masked'):.1f}" if self._mean("masked") else "",
-            "evaluated": f"{self._evaluated[-1][1]:.3f}" if self._evaluated else "–",
-            "rows/s": f"{self._rows_per_second():.0f}",
+            **self._cells(report),
+            "evaluated": "–" if self._evaluated is None else f"{self._evaluated:.3f}",
+            "rows/s": f"{self._per_second('rows_per_second'):.0f}",
             "left": _clock(self._seconds_left(report.step)),
             "skipped": f"{self._skipped}" if self._skipped else "",
         }
@@ -101,14 +120,51 @@ class LiveTraining:
         table.add_row(*(cells[name] if name else bar for name in shown))
         return table
 
-    def _line(self, report: StepReport) -> str:
+    def _parts(self, report: AnyReport) -> list[Table]:
+        """A line for each part of the model, where the terminal has room for all of them."""
+        has_room = self._console.width >= _PARTS_WIDTH and self._console.height >= _PARTS_HEIGHT
+        if not (has_room and report.parts):
+            return []
+        table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False)
+        for heading in ("part", "parameters", "rate", "gradient", "update / weights"):
+            table.add_column(heading, justify="left" if heading == "part" else "right")
+        for name, part in report.parts.items():
+            recent = [each.parts[name] for each in self._recent if name in each.parts]
+            gradient = sum(each.gradient_norm for each in recent) / len(recent)
+            ratio = sum(each.update_ratio for each in recent) / len(recent)
+            numbers = (f"{part.trains:,}", f"{part.lr:.2e}", f"{gradient:.2e}", f"{ratio:.2e}")
+            table.add_row(name, *numbers)
+        return [table]
+
+    def _cells(self, report: AnyReport) -> dict[str, str]:
+        """What is told of one objective alone."""
+        if isinstance(report, GenerationReport):
+            return {
+                "tokens right": f"{self._mean('accuracy'):.0%}",
+                "tokens/s": f"{self._per_second('tokens_per_second'):,.0f}",
+            }
+        return {
+            "floor": f"{report.floor:.3f}" if report.floor >= _FLOOR_SHOWN else "",
+            "margin": f"{self._mean('margin'):+.2f}",
+            "first": f"{self._mean('accuracy'):.0%}",
+            "candidates": f"{self._mean('candidates'):.0f}",
+            "masked": f"{self._mean('masked'):.1f}" if self._mean("masked") else "",
+        }
+
+    def _line(self, report: AnyReport) -> str:
+        cells = self._cells(report)
+        said = {
+            "floor": "floor {}",
+            "margin": "margin {}",
+            "candidates": "{} candidates",
+            "masked": "{} masked",
+            "tokens right": "{} right",
+            "tokens/s": "{} tokens/s",
+        }
         parts = {
             "loss": f"loss {self._mean('loss'):.3f} (chance {report.chance:.3f})",
-            "floor": f"floor {report.floor:.3f}" if report.floor >= _FLOOR_SHOWN else "",
-            "margin": f"margin {self._mean('margin'):+.2f}",
-            "candidates": f"{self._mean('candidates'):.0f} candidates",
-            "masked": f"{self._mean('masked'):.1f} masked" if self._mean("masked") else "",
-            "rows/s": f"{self._rows_per_second():.0f} rows/s",
+            **{name: text.format(cells[name]) for name, text in said.items() if cells.get(name)},
+            "rows/s": f"{self._per_second('rows_per_second'):.0f} rows/s",
             "left": f"{_clock(self._seconds_left(report.step))} left",
             "skipped": f"{self._skipped} skipped (overflow)" if self._skipped else "",
         }
@@ -120,9 +176,10 @@ class LiveTraining:
     def _mean(self, name: str) -> float:
         return sum(getattr(report, name) for report in self._recent) / len(self._recent)
 
-    def _rows_per_second(self) -> float:
-        rows = sum(report.rows_per_second * report.seconds for report in self._recent)
-        return rows / sum(report.seconds for report in self._recent)
+    def _per_second(self, name: str) -> float:
+        """Mean of a pace, over time and not over steps."""
+        count = sum(getattr(report, name) * report.seconds for report in self._recent)
+        return count / sum(report.seconds for report in self._recent)
 
     def _seconds_left(self, step: int) -> float:
         return self._mean("seconds") * (self._steps - step)

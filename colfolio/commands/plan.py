@@ -6,9 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.table import Table
-from torch import nn
 
 from colfolio.commands.console import console
 from colfolio.commands.ranks import ranks_to_start
@@ -28,11 +26,7 @@ from colfolio.diagnosis.planning import (
     named_gpu,
     this_machine,
 )
-from colfolio.models.checkpoint import hidden_size
-from colfolio.models.contract import check_contract, load_contract
-from colfolio.models.families import family_of
-from colfolio.models.files import load_config, load_tokenizer
-from colfolio.models.hub import local_folder
+from colfolio.models.outline import outline_of
 from colfolio.models.retriever import Retriever
 
 _GIB, _MIB = 2**30, 2**20
@@ -61,7 +55,7 @@ def plan_command(
     count = ranks or (1 if gpu else ranks_to_start(None, None))
     machine = named_gpu(gpu) if gpu else this_machine(count)
     check_reachable(recipe.train, count)
-    retriever = _without_weights(recipe.model)
+    retriever = outline_of(recipe.model).retriever
     batch = _sizes(recipe, retriever)
     keep = recipe.checkpoint.keep
     plan = make_plan(retriever, recipe.train, batch, machine, count, kept_checkpoints=keep)
@@ -73,17 +67,6 @@ def plan_command(
         _print_lever(make_plan(retriever, settings, batch, machine, count, kept_checkpoints=keep))
     console().print(_run_table(plan))
     return plan.fits
-
-
-def _without_weights(model: str) -> Retriever:
-    """The model that a checkpoint's configuration and contract describe, on the meta device."""
-    folder = local_folder(model, with_weights=False)
-    contract, config = load_contract(folder), load_config(folder)
-    check_contract(contract, config, str(folder))
-    with torch.device("meta"):
-        backbone = family_of(config.model_type, str(folder)).backbone(config)
-        projection = nn.Linear(hidden_size(config), contract.dim)
-    return Retriever(backbone, projection, load_tokenizer(folder), contract)
 
 
 def _sizes(recipe: TrainRecipe, retriever: Retriever) -> BatchSize:

@@ -16,8 +16,10 @@ from rich.text import Text
 from colfolio.commands.console import console
 from colfolio.data.pages.images import load_image
 from colfolio.data.video import Clip, load_clip
-from colfolio.errors import ColfolioError
+from colfolio.errors import CheckpointError, ColfolioError
 from colfolio.models.contract import CONTRACT_FILE
+from colfolio.models.formats import detect
+from colfolio.models.formats.sentence_transformers import read_modules
 from colfolio.models.hub import local_folder
 from colfolio.models.retriever import Retriever
 from colfolio.models.shell import Shell, shell_of
@@ -38,8 +40,8 @@ def positions_command(
     """Print which positions a model uses, beside the right ones; whether they are right.
 
     Args:
-        model: a checkpoint folder or hub id of Colfolio, `transformers` or colpali-engine. Of the
-            latter two only the configuration is read.
+        model: a checkpoint folder or hub id. What another library will call is asked as that
+            library calls it, whoever wrote it, and only its configuration is read.
         image: a file to ask with; without `image` and `video` blank ones are made.
         video: a clip to ask with.
         revision: of a hub id.
@@ -53,25 +55,62 @@ def positions_command(
     folder = local_folder(model, revision, with_weights=False)
     if scheme is not None and scheme not in SCHEMES:
         raise ColfolioError(f"scheme {scheme!r} is none of {', '.join(SCHEMES)}")
-    if (folder / CONTRACT_FILE).is_file():
-        right = [_ask_retriever(model, revision, image, video, scheme)]
+    place = _called_by_another(folder)
+    if place is None:
+        right = _ask_retriever(
+            model, Retriever.from_pretrained(model, revision), image, video, scheme
+        )
     else:
-        right = _ask_shell(shell_of(folder), image, video, scheme)
+        right = _ask_shell(shell_of(place), image, video, scheme)
     return all(right)
 
 
+def _called_by_another(folder: Path) -> Path | None:
+    """Where the model lies that the code of another library calls; None if Colfolio's does.
+
+    Our contract beside another library's files changes nothing of how that library calls them.
+    """
+    try:
+        format = detect(folder)
+    except CheckpointError:  # a model that is no retriever has positions, too
+        return folder
+    if format == "sentence-transformers":
+        return read_modules(folder).backbone
+    is_ours = format == "colfolio" or (format == "adapter" and (folder / CONTRACT_FILE).is_file())
+    return None if is_ours else folder
+
+
 def _ask_retriever(
-    model: str, revision: str | None, image: Path | None, video: Path | None, scheme: str | None
-) -> bool:
-    if video is not None:
-        raise ColfolioError(f"{model}: encodes images; it takes no clips")
-    retriever = Retriever.from_pretrained(model, revision)
-    side = retriever.contract.pixel_budget.factor
-    blank = np.full((2 * side, 3 * side, 3), 255, np.uint8)
-    pixels = blank if image is None else load_image(image)
-    packed = retriever.collator.documents([pixels]).to(retriever.device)
+    model: str, retriever: Retriever, image: Path | None, video: Path | None, scheme: str | None
+) -> list[bool]:
     console().print(f"{model}: a retriever, as it encodes documents")
-    return _judged(retriever, lambda: retriever(packed), "image", scheme)
+    documents: dict[str, np.ndarray | Clip] = {}
+    side = retriever.contract.pixel_budget.factor
+    blank = np.full((_NUM_FRAMES, 2 * side, 3 * side, 3), 255, np.uint8)
+    if image is not None:
+        documents["image"] = load_image(image)
+    elif video is not None:
+        most_pixels = retriever.contract.pixel_budget.max_pixels
+        documents["clip"] = load_clip(
+            video, retriever.contract.frame_rate, _MAX_FRAMES, most_pixels
+        )
+    else:
+        documents["image"] = blank[0]
+        if retriever.collator.prompter.video_token_id is not None:
+            documents["clip"] = Clip(blank, 1 / retriever.contract.frame_rate)
+    return [_as_encoded(retriever, what, document, scheme) for what, document in documents.items()]
+
+
+def _as_encoded(
+    retriever: Retriever, what: str, document: np.ndarray | Clip, scheme: str | None
+) -> bool:
+    packed = retriever.collator.documents([document]).to(retriever.device)
+    told: dict[str, Any] = {}
+    if isinstance(document, Clip):  # the guard takes the grids of a packed batch as of images
+        seconds = document.seconds_per_frame * retriever.contract.pixel_budget.temporal_patch
+        told = {"image_grid_thw": packed.grid_thw[:0], "video_grid_thw": packed.grid_thw}
+        told["second_per_grid_ts"] = [seconds]
+    return _judged(retriever, lambda: retriever(packed), what, scheme, **told)
 
 
 def _ask_shell(
@@ -97,10 +136,16 @@ def _clip(path: Path) -> Clip:
     return load_clip(path, max_frames=_MAX_FRAMES)
 
 
-def _judged(model: Any, call: Callable[[], object], what: str, scheme: str | None) -> bool:
-    """Run a call under the guard, and print its table and verdict."""
+def _judged(
+    model: Any, call: Callable[[], object], what: str, scheme: str | None, **told: Any
+) -> bool:
+    """Run a call under the guard, and print its table and verdict.
+
+    Args:
+        told: to the guard, of what the call does not say.
+    """
     try:
-        with torch.no_grad(), watch(model, scheme) as seen:
+        with torch.no_grad(), watch(model, scheme, **told) as seen:
             call()
         verdict = seen.verdict
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:

@@ -20,6 +20,8 @@ LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 FEATURES = "features"
+TENSORBOARD = "tensorboard"
+REPORT_FILE = "report.html"
 
 
 class ValidationSettings(Settings):
@@ -28,10 +30,14 @@ class ValidationSettings(Settings):
     Args:
         split: of the dataset; None for no evaluation.
         every: steps between two evaluations; the last step is always evaluated.
+        pool: negatives of each query, drawn once from the whole split, over which the validation
+            loss is taken, so that runs of any batch size can be compared; None: 64, or as many as
+            every query has.
     """
 
     split: str | None = "validation"
     every: int = Field(default=500, ge=1)
+    pool: int | None = Field(default=None, ge=1)
 
 
 class CheckpointSettings(Settings):
@@ -81,6 +87,16 @@ class RunFolder:
     def features(self) -> Path:
         """Where the output of frozen layers is kept across epochs, if it is."""
         return self.path / FEATURES
+
+    @property
+    def tensorboard(self) -> Path:
+        """Where event files for TensorBoard are, if the recipe asks for them."""
+        return self.path / TENSORBOARD
+
+    @property
+    def report(self) -> Path:
+        """What the run came to, to be read in a browser."""
+        return self.path / REPORT_FILE
 
     @property
     def log(self) -> Path:
@@ -146,7 +162,7 @@ class RunFolder:
     def metrics(self) -> dict[str, float]:
         """What the last evaluation of the run came to, by split and metric."""
         row = self.last("evaluation") or {}
-        about = ("kind", "step", "split")
+        about = ("kind", "step", "split", "loss", "chance", "negatives")
         return {f"{row['split']} {name}": row[name] for name in row if name not in about}
 
     def append(self, kind: str, values: dict[str, Any]) -> None:

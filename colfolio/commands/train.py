@@ -10,17 +10,15 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from colfolio.commands.console import console
-from colfolio.commands.live import LiveTraining
+from colfolio.commands.policy import check_policy
 from colfolio.commands.ranks import ranks_to_start
 from colfolio.commands.run_folder import (
     RunFolder,
@@ -29,16 +27,19 @@ from colfolio.commands.run_folder import (
     recipe_of,
     told_recipe,
 )
-from colfolio.config import load_settings
-from colfolio.data.dataset import RetrievalDataset, load_dataset
-from colfolio.diagnosis import Ledger, check_reachable, ledger_lines, make_ledger
+from colfolio.commands.run_ledger import ledger_of, log_ledger, say_ledger
+from colfolio.commands.run_log import RunLog
+from colfolio.commands.run_report import write_run_report
+from colfolio.commands.splits import Splits, load_splits, validate
+from colfolio.commands.tensorboard import check_tensorboard
+from colfolio.config import load_settings, naming_lines
+from colfolio.diagnosis import check_reachable
 from colfolio.distributed import SharedError, World, join_world, launch
 from colfolio.errors import ColfolioError
-from colfolio.evaluation import quick_metrics
-from colfolio.models.precision import autocast
+from colfolio.models.generator import Generator
 from colfolio.models.retriever import Retriever
 from colfolio.training import (
-    StepReport,
+    AnyReport,
     TrainingState,
     load_checkpoint,
     newest_checkpoint,
@@ -49,7 +50,6 @@ from colfolio.training import (
 )
 from colfolio.training.feature_cache import FeatureCache
 
-_METRIC = "ndcg@5"
 # what gloo says when a rank that it talks to is gone
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -76,13 +76,16 @@ def train_command(
     """
     recipe = _anchored(load_settings(recipe_path, TrainRecipe, overrides))
     run = RunFolder(Path(recipe.out))
+    _check_told(recipe)
     run.check_free()
     count = ranks_to_start(ranks, device)
     check_reachable(recipe.train, count)
-    if count > 1:
-        return launch(["train", str(recipe_path), *overrides, *_device_option(device)], count)
-    with join_world(device) as world, _told_once(world):
-        _train(recipe, run, world, device)
+    with naming_lines(recipe_path, "train", overrides):
+        check_policy(recipe)
+        if count > 1:
+            return launch(["train", str(recipe_path), *overrides, *_device_option(device)], count)
+        with join_world(device) as world, _told_once(world):
+            _train(recipe, run, world, device)
     return 0
 
 
@@ -109,6 +112,7 @@ def resume_command(
             or another setting was to be changed.
     """
     recipe, run = recipe_of(run_path, overrides), RunFolder(run_path)
+    _check_told(recipe)
     count = ranks_to_start(ranks, device)
     check_reachable(recipe.train, count)
     if count > 1:
@@ -117,6 +121,11 @@ def resume_command(
     with join_world(device) as world, _told_once(world):
         _resume(recipe, run, world, device)
     return 0
+
+
+def _check_told(recipe: TrainRecipe) -> None:
+    if recipe.train.tensorboard:
+        check_tensorboard()
 
 
 def _device_option(device: str | None) -> list[str]:
@@ -157,12 +166,12 @@ def _train(recipe: TrainRecipe, run: RunFolder, world: World, device: str | None
     state, splits = _begin(recipe, run, world, device)
     with world.together():
         reports = train(state, splits.train)  # refuses before a folder is made
-        ledger = _ledger(state, splits.train)
+        ledger = ledger_of(state, splits)
         run.check_free()
     if world.is_main:
         run.begin(recipe)
-        run.append("ledger", {"step": 0} | asdict(ledger))
-        _say_ledger(ledger)
+        log_ledger(run, 0, ledger)
+        say_ledger(ledger)
     # a run that is killed before its first step must not begin again from another base
     save_checkpoint(state, run.checkpoints, splits.train.fingerprint, recipe.checkpoint.keep)
     _run(reports, state, splits, recipe, run)
@@ -174,14 +183,14 @@ def _resume(recipe: TrainRecipe, run: RunFolder, world: World, device: str | Non
     state, splits = _begin(recipe, run, world, device, newest)
     is_done = state.step >= recipe.train.steps
     with world.together():
-        ledger = None if is_done else _ledger(state, splits.train)
+        ledger = None if is_done else ledger_of(state, splits)
     if world.is_main:
         run.keep(recipe)
         run.rewind(state.step)
         _say(f"{run.path}: goes on after step {state.step} of {recipe.train.steps}")
         if ledger:
-            _log_ledger(run, state.step, ledger)
-            _say_ledger(ledger)
+            log_ledger(run, state.step, ledger)
+            say_ledger(ledger)
     _run(train(state, splits.train), state, splits, recipe, run)
 
 
@@ -191,12 +200,12 @@ def _begin(
     world: World,
     device: str | None,
     checkpoint: Path | None = None,
-) -> tuple[TrainingState, _Splits]:
+) -> tuple[TrainingState, Splits]:
     """The state to go on from, of the base if there is no checkpoint; the same on all ranks."""
     world.same_everywhere(recipe.model_dump(), "recipe")
     with world.together():
         check_reachable(recipe.train, world.size)
-        splits = _splits(recipe)
+        splits = load_splits(recipe)
     fingerprint = splits.train.fingerprint
     world.same_everywhere(fingerprint, "training split")
     if checkpoint is not None:
@@ -204,11 +213,12 @@ def _begin(
         state = load_checkpoint(checkpoint, settings, fingerprint, device, world, run.features)
     else:
         with world.together():
-            retriever = Retriever.from_pretrained(recipe.model, device=device)
+            kind = Generator if recipe.train.objective == "generation" else Retriever
+            model = kind.from_pretrained(recipe.model, device=device)
         if world.size > 1:
-            world.same_everywhere(retriever.fingerprint(), "base")
+            world.same_everywhere(model.fingerprint(), "base")
         with world.together():
-            state = start_training(retriever, recipe.train, world, run.features)
+            state = start_training(model, recipe.train, world, run.features)
     settled = {"precision": state.settings.precision, "attention": state.kernel}
     world.same_everywhere(settled, "precision and attention")
     return state, splits
@@ -224,21 +234,10 @@ def _anchored(recipe: TrainRecipe) -> TrainRecipe:
     return recipe.model_copy(update=paths)
 
 
-class _Splits(NamedTuple):
-    train: RetrievalDataset
-    validation: RetrievalDataset | None
-
-
-def _splits(recipe: TrainRecipe) -> _Splits:
-    train_split = load_dataset(recipe.dataset, recipe.split)
-    held_out = recipe.validation.split
-    return _Splits(train_split, load_dataset(recipe.dataset, held_out) if held_out else None)
-
-
 def _run(
-    reports: Iterator[StepReport],
+    reports: Iterator[AnyReport],
     state: TrainingState,
-    splits: _Splits,
+    splits: Splits,
     recipe: TrainRecipe,
     run: RunFolder,
 ) -> None:
@@ -246,22 +245,23 @@ def _run(
     save = partial(
         save_checkpoint, state, run.checkpoints, splits.train.fingerprint, recipe.checkpoint.keep
     )
-    shown = LiveTraining(console(), recipe.train.steps) if state.world.is_main else None
+    log = RunLog(run, recipe, console(), state.step) if state.world.is_main else None
     has_fault = False
     with (
-        shown or nullcontext() as live,
+        log or nullcontext(),
         _stop_after_step() as asked,
         _full_memory_told(recipe, run),
         _saved(state, save),
     ):
         for report in reports:
-            if live:
-                run.append("step", asdict(report))
-                live.step(report)
+            if log:
+                log.step(report)
                 has_fault = has_fault or _say_fault(state.exact.cache)
             is_last = report.step == recipe.train.steps
             if splits.validation and (is_last or report.step % recipe.validation.every == 0):
-                _validate(state, splits.validation, run, live)
+                values = validate(state, splits.validation)
+                if log:
+                    log.evaluation(report.step, splits.validation.dataset.split, values)
             stop = any(state.world.gather_counts(len(asked)))
             if stop or is_last or report.step % recipe.checkpoint.every == 0:
                 save()
@@ -270,8 +270,10 @@ def _run(
                 raise KeyboardInterrupt
     data = {f"{dataset_name(recipe)} {recipe.split}": splits.train.fingerprint}
     metrics = run.metrics() if state.world.is_main else None
-    save_model(state, run.model, recipe=told_recipe(recipe), data=data, metrics=metrics)
-    if live:
+    told = {"recipe": told_recipe(recipe), "data": data, "metrics": metrics}
+    save_model(state, run.model, base=recipe.model, **told)
+    if log:
+        write_run_report(run, recipe, splits.validation and splits.validation.dataset)
         _say_cache(state.exact.cache)
         _say(f"{run.model}: trained for {recipe.train.steps} steps")
 
@@ -310,46 +312,6 @@ def _no_memory(recipe: TrainRecipe, run: RunFolder, error: torch.OutOfMemoryErro
     )
 
 
-def _validate(
-    state: TrainingState, validation: RetrievalDataset, run: RunFolder, live: LiveTraining | None
-) -> None:
-    """Every rank evaluates, because a sharded model runs on all or none."""
-    with autocast(state.settings.precision, state.retriever.device):
-        value = quick_metrics(state.retriever, validation, [_METRIC])[_METRIC]
-    if live:
-        run.append("evaluation", {"step": state.step, "split": validation.split, _METRIC: value})
-        live.evaluation(state.step, value)
-
-
-def _ledger(state: TrainingState, dataset: RetrievalDataset) -> Ledger:
-    """What every rank counts, so that all of them refuse what cannot be trained."""
-    return make_ledger(
-        dataset,
-        state.settings,
-        state.world.size,
-        state.retriever.collator.query_lengths,
-        {"precision": state.settings.precision, "attention": state.kernel},
-        position=state.position,
-        step=state.step,
-    )
-
-
-def _log_ledger(run: RunFolder, step: int, ledger: Ledger) -> None:
-    """Note the ledger of a run that goes on in other ranks or with other arithmetic.
-
-    What else it says is counted in other batches than before, and no more news than they are.
-    """
-    row = asdict(ledger)
-    last = run.last("ledger") or {}
-    if any(row[name] != last.get(name) for name in ("ranks", "computed_with")):
-        run.append("ledger", {"step": step} | row)
-
-
-def _say_ledger(ledger: Ledger) -> None:
-    for line in ledger_lines(ledger):
-        _say(line)
-
-
 def _say_cache(cache: FeatureCache | None) -> None:
     """What keeping the output of frozen layers came to."""
     if cache is not None:
@@ -365,7 +327,7 @@ def _say_fault(cache: FeatureCache | None) -> bool:
     return bool(fault)
 
 
-def _say_stopped(state: TrainingState, report: StepReport, run: RunFolder) -> None:
+def _say_stopped(state: TrainingState, report: AnyReport, run: RunFolder) -> None:
     if state.world.is_main:
         _say(f"\nstopped after step {report.step}, saved in {run.checkpoints}")
         _say(f"go on with: colfolio train --resume {run.path}")

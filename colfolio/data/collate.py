@@ -45,8 +45,14 @@ class Collator:
         patches, grids = to_patches([], self.budget)
         return self._packed(self.prompter.query_ids(texts), patches, grids, [])
 
-    def documents(self, documents: Sequence[Pixels | Clip]) -> Packed:
-        """One row an image or clip; `max_pixels` of the budget bounds each frame."""
+    def documents(
+        self, documents: Sequence[Pixels | Clip], behind: Sequence[list[int]] | None = None
+    ) -> Packed:
+        """One row an image or clip; `max_pixels` of the budget bounds each frame.
+
+        Args:
+            behind: token ids that each row goes on with, none of them visual.
+        """
         clips = {row: each for row, each in enumerate(documents) if isinstance(each, Clip)}
         frames = [each.frames if isinstance(each, Clip) else each[None] for each in documents]
         patches, grids = to_patches(frames, self.budget)
@@ -54,6 +60,8 @@ class Collator:
         depth = self.budget.temporal_patch
         times = {row: _step_times(clip, depth) for row, clip in clips.items()}
         ids = self.prompter.document_ids(counts, times)
+        if behind is not None:
+            ids = [[*row, *more] for row, more in zip(ids, behind, strict=True)]
         seconds = [clip.seconds_per_frame * depth for clip in clips.values()]
         if not self.scheme.needs_seconds:
             seconds = []

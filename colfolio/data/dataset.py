@@ -22,6 +22,7 @@ from PIL import Image
 from colfolio.data.documents import open_document
 from colfolio.data.formats import hub, layout, tabular
 from colfolio.data.formats.checks import check_tables
+from colfolio.data.formats.conversation_files import refuse_conversations
 from colfolio.data.formats.fingerprint import fingerprint_of
 from colfolio.data.formats.layout import Tables, optional_column
 from colfolio.data.formats.layout_writer import stage_readme, stage_split
@@ -227,6 +228,7 @@ def load_dataset(source: str | Path, split: str) -> RetrievalDataset:
     path = Path(source)
     if path.is_file():
         return RetrievalDataset(tabular.read_file(path, split), split)
+    refuse_conversations(path)
     folder = path if path.is_dir() else hub.download(str(source))
     name = path.resolve().name if path.is_dir() else str(source)
     return RetrievalDataset(layout.read_split(folder, split, name), split)

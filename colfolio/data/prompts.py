@@ -167,11 +167,26 @@ class _TimeStamps:
 
 
 def _around_slot(tokenizer: Tokenizer, template: str, slot: str) -> tuple[str, str, str]:
-    """A template in three: up to a special token, the text with the slot, and the rest."""
+    """A template in three: up to a special token, the text with the slot, and the rest.
+
+    Raises:
+        CheckpointError: the tokenizer has no special tokens, or one takes a part of the slot.
+    """
     added = tokenizer.get_added_tokens_decoder().values()
     special = "|".join(re.escape(token.content) for token in added if token.special)
+    if not special:
+        raise CheckpointError(
+            f"the tokenizer has no special tokens, so {IMAGE_TOKEN} and all others of the "
+            "templates would be text; take the one that the model was trained with"
+        )
     pieces = re.split(f"({special})", template)
-    (place,) = (number for number, piece in enumerate(pieces) if slot in piece)
+    places = [number for number, piece in enumerate(pieces) if slot in piece]
+    if len(places) != 1:
+        raise CheckpointError(
+            f"templates: special tokens of the tokenizer leave no {slot} in {template!r}, but "
+            f"{[piece for piece in pieces if piece]}"
+        )
+    (place,) = places
     return "".join(pieces[:place]), pieces[place], "".join(pieces[place + 1 :])
 
 

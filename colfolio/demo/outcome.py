@@ -11,7 +11,6 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
 
 from colfolio.data.dataset import RetrievalDataset, load_dataset
 from colfolio.demo.plan import Command, DemoFolder
@@ -30,12 +29,10 @@ from colfolio.evaluation import (
     Evaluation,
     Outcome,
     Scored,
-    chance,
     evaluate_scores,
     fit_extent_line,
     outcomes,
-    ranks,
-    relevance_of,
+    random_order_score,
     score_index,
     score_model,
 )
@@ -117,7 +114,7 @@ def _report(
         commands=commands,
         recipe=(folder / "run" / "recipe.yaml").read_text(encoding="utf-8"),
         log=read_log(folder / "run" / "log.jsonl"),
-        chance_ndcg=_chance_ndcg(measured.validation),
+        chance_ndcg=random_order_score(measured.validation, "ndcg@5"),
         tables=_tables(measured.headings, measured.by_page),
         hits=_examples(measured.strips, [outcome for outcome in found if outcome.rank == 1]),
         misses=_examples(measured.strips, [outcome for outcome in found if outcome.rank > 1]),
@@ -244,12 +241,6 @@ def _page_hits(
 
 def _spread(size: int, count: int) -> list[int]:
     return np.linspace(0, size - 1, min(size, count)).round().astype(int).tolist()
-
-
-def _chance_ndcg(dataset: RetrievalDataset) -> float:
-    """nDCG@5 that a random order of the dataset's candidates has."""
-    relevance = relevance_of(dataset)
-    return float(chance(ranks(torch.zeros(relevance.shape), relevance), "ndcg@5").mean())
 
 
 def _notes() -> list[str]:

@@ -13,6 +13,7 @@ from colfolio.diagnosis.report import (
     render_report,
     write_report,
 )
+from colfolio.diagnosis.text_ledger import TextLedger, make_text_ledger
 from colfolio.diagnosis.training_log import LoggedEvaluation, LoggedStep, TrainingLog, read_log
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "PageHit",
     "RankedImage",
     "ReportData",
+    "TextLedger",
     "TrainingLog",
     "check_reachable",
     "ledger_lines",
     "make_ledger",
+    "make_text_ledger",
     "read_log",
     "render_report",
     "write_report",

@@ -57,6 +57,8 @@ class Ledger:
         chance: mean of the least that the loss can be while all scores are equal.
         floor: mean of the least that it can be.
         computed_with: precision, attention and the like, by name.
+        validation: what validation loss is over; empty without validation.
+        trains: which parameters, and which later; empty if that is not known.
     """
 
     batches: int
@@ -78,6 +80,8 @@ class Ledger:
     chance: float
     floor: float
     computed_with: dict[str, str]
+    validation: str = ""
+    trains: str = ""
 
 
 def check_reachable(settings: TrainSettings, ranks: int) -> None:
@@ -97,6 +101,8 @@ def check_reachable(settings: TrainSettings, ranks: int) -> None:
             f"{ranks - rows} of the ranks would have none; set batch.rows to {ranks} or more, or "
             f"train in {counted(rows, 'rank')} with --ranks {rows}"
         )
+    if settings.objective == "generation":
+        return
     if rows == 1 and hard == 0:
         always = "the loss info_nce is always 0" if loss.kind == "info_nce" else "nothing is learnt"
         raise RecipeError(
@@ -127,6 +133,8 @@ def make_ledger(
     query_lengths: QueryLengths,
     computed_with: Mapping[str, str] | None = None,
     *,
+    validation: str = "",
+    trains: str = "",
     position: SamplerPosition = _START,
     step: int = 0,
     batches: int = 32,
@@ -136,7 +144,7 @@ def make_ledger(
     Args:
         ranks: processes that share each batch.
         query_lengths: vectors that the model makes of each text.
-        computed_with: what the ledger should name beside the numbers.
+        computed_with, validation, trains: what the ledger should name beside the numbers.
         position: where the run goes on.
         step: how many of its steps are done.
         batches: to count; fewer where the run has fewer left.
@@ -174,6 +182,8 @@ def make_ledger(
         chance=float(np.mean([each.chance for each in counts])),
         floor=float(np.mean([each.floor for each in counts])),
         computed_with=dict(computed_with or {}),
+        validation=validation,
+        trains=trains,
     )
     _check_candidates(ledger, settings)
     _check_levels(ledger, settings)

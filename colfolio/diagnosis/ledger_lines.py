@@ -7,15 +7,16 @@ from collections.abc import Sequence
 
 from colfolio.diagnosis.ledger import Ledger, Range, counted
 from colfolio.diagnosis.ledger_counts import MASKED
+from colfolio.diagnosis.text_ledger import TextLedger, text_ledger_rows
 from colfolio.diagnosis.training_log import LoggedStep
 
 _COLUMNS = 80
 _ROUNDING = 1e-6  # of a level in float32
 
 
-def ledger_lines(ledger: Ledger) -> list[str]:
+def ledger_lines(ledger: Ledger | TextLedger) -> list[str]:
     """What a terminal of 80 columns shows before the first step."""
-    rows = ledger_rows(ledger)
+    rows = text_ledger_rows(ledger) if isinstance(ledger, TextLedger) else ledger_rows(ledger)
     width = max(len(name) for name, _ in rows) + 2
     lines = []
     for name, text in rows:
@@ -39,6 +40,8 @@ def ledger_rows(ledger: Ledger) -> list[tuple[str, str]]:
         ("left out", _left_out(ledger, [why for why in ledger.left_out if why not in MASKED])),
         ("sitting out", _sitting_out(ledger)),
         ("loss", f"{ledger.loss}: chance {ledger.chance:.3f}, floor {_short(ledger.floor)}"),
+        ("validation", ledger.validation),
+        ("trains", ledger.trains),
         ("computed", computed),
         ("counted", f"in {counted(ledger.batches, 'batch', 'batches')}, without reading an image"),
     ]

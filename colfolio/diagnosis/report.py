@@ -184,6 +184,8 @@ def _training_of(report: ReportData) -> dict[str, Any]:
         "curves": [(title, Markup(svg)) for title, svg in charts],
         "ledger": ledger_rows(log.ledger) if log.ledger else [],
         "compared": compared_line(log.steps),
+        "has_pool": any("negatives" in row.values for row in log.evaluations),
+        "opened": [(row.step - 1, ", ".join(row.opened)) for row in log.steps if row.opened],
     }
 
 

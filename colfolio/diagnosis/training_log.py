@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,25 @@ from colfolio.diagnosis.ledger import Ledger
 from colfolio.errors import ColfolioError
 
 _LEDGER = TypeAdapter(Ledger)
-_NUMBERS = ("chance", "margin", "lr", "rows_per_second", "candidates", "masked")
+_NUMBERS = (
+    "chance",
+    "margin",
+    "lr",
+    "rows_per_second",
+    "candidates",
+    "masked",
+    "floor",
+    "accuracy",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedPart:
+    """What one step did to a part of the model; NaN where that was no number."""
+
+    lr: float
+    gradient_norm: float
+    update_ratio: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +49,10 @@ class LoggedStep:
         candidates: mean documents that a query was compared with.
         masked: mean documents that were masked for a query.
         is_skipped: gradients overflowed, and the weights stayed as they were.
+        floor: the least that the loss could be.
+        accuracy: share of the queries, or of the tokens of answers, that were right.
+        parts: of each part that trained; empty in the log of an older version.
+        opened: what began to train with this step.
     """
 
     step: int
@@ -42,6 +64,10 @@ class LoggedStep:
     candidates: float | None = None
     masked: float | None = None
     is_skipped: bool = False
+    floor: float | None = None
+    accuracy: float | None = None
+    parts: Mapping[str, LoggedPart] = field(default_factory=dict)
+    opened: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +133,16 @@ def _take(
     if kind == "step":
         step = int(row["step"])
         others = {name: _number(row.get(name)) for name in _NUMBERS}
-        is_skipped = bool(row.get("skipped"))
-        steps[step] = LoggedStep(step, float(row["loss"]), **others, is_skipped=is_skipped)
+        steps[step] = LoggedStep(
+            step,
+            float(row["loss"]),
+            **others,
+            is_skipped=bool(row.get("skipped")),
+            parts={
+                str(part): _part(values) for part, values in dict(row.get("parts") or {}).items()
+            },
+            opened=tuple(map(str, row.get("opened") or ())),
+        )
     elif kind == "evaluation":
         values = {
             name: float(value)
@@ -117,6 +151,10 @@ def _take(
         }
         found = LoggedEvaluation(int(row["step"]), str(row.get("split", "")), values)
         evaluations[found.step, found.split] = found
+
+
+def _part(values: dict[str, Any]) -> LoggedPart:
+    return LoggedPart(*(float(values[each.name]) for each in fields(LoggedPart)))
 
 
 def _number(value: Any) -> float | None:

@@ -3,7 +3,8 @@
 from colfolio.evaluation.baseline import ExtentLine, fit_extent_line
 from colfolio.evaluation.benchmark import (
     Encoder,
-    quick_metrics,
+    model_scores,
+    random_order_score,
     relevance_of,
     score_index,
     score_model,
@@ -17,6 +18,7 @@ from colfolio.evaluation.metrics import (
     per_query,
     ranks,
 )
+from colfolio.evaluation.pool import POOL_SIZE, Pool, draw_pool, pool_loss, validation_metrics
 from colfolio.evaluation.results import (
     Evaluation,
     Metric,
@@ -28,23 +30,29 @@ from colfolio.evaluation.results import (
 
 __all__ = [
     "METRICS",
+    "POOL_SIZE",
     "Encoder",
     "Evaluation",
     "ExtentLine",
     "Metric",
     "Outcome",
+    "Pool",
     "RelevantRanks",
     "Scored",
     "bootstrap_interval",
     "chance",
+    "draw_pool",
     "evaluate_scores",
     "fit_extent_line",
     "mean_metrics",
+    "model_scores",
     "outcomes",
     "per_query",
-    "quick_metrics",
+    "pool_loss",
+    "random_order_score",
     "ranks",
     "relevance_of",
     "score_index",
     "score_model",
+    "validation_metrics",
 ]

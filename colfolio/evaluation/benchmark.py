@@ -18,7 +18,7 @@ from colfolio.batch import MultiVectors
 from colfolio.data.dataset import Corpus, RetrievalDataset
 from colfolio.errors import DatasetError
 from colfolio.evaluation.baseline import ExtentLine, dataset_baseline
-from colfolio.evaluation.metrics import METRICS, mean_metrics
+from colfolio.evaluation.metrics import chance, ranks
 from colfolio.evaluation.results import Scored
 from colfolio.maxsim import maxsim
 
@@ -53,13 +53,6 @@ class PageScorer(Protocol):
         ...
 
 
-def quick_metrics(
-    encoder: Encoder, dataset: RetrievalDataset, names: Sequence[str] = METRICS
-) -> dict[str, float]:
-    """The metrics of a model alone, without intervals and baseline: for use during training."""
-    return mean_metrics(_model_scores(encoder, dataset), relevance_of(dataset), names)
-
-
 def score_model(
     encoder: Encoder,
     dataset: RetrievalDataset,
@@ -74,7 +67,27 @@ def score_model(
         fitted: the baseline's line, from another split (`fit_extent_line`).
         on_progress: called with the images done and their number.
     """
-    return _scored(_model_scores(encoder, dataset, on_progress), dataset, fitted)
+    return _scored(model_scores(encoder, dataset, on_progress), dataset, fitted)
+
+
+def model_scores(
+    encoder: Encoder,
+    dataset: RetrievalDataset,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Float32[Tensor, "queries documents"]:
+    """Scores of every query against every image, and nothing beside them.
+
+    Args:
+        on_progress: as of `score_model`.
+    """
+    queries = encoder.encode_queries([query.text for query in dataset.queries])
+    columns, done = [], 0
+    for images in _image_chunks(dataset.corpus):
+        columns.append(maxsim(queries, encoder.encode_documents(images)))
+        done += len(images)
+        if on_progress is not None:
+            on_progress(done, len(dataset.corpus))
+    return torch.cat(columns, dim=1)
 
 
 def score_index(
@@ -122,19 +135,10 @@ def relevance_of(dataset: RetrievalDataset) -> Int[Tensor, "queries documents"]:
     return relevance
 
 
-def _model_scores(
-    encoder: Encoder,
-    dataset: RetrievalDataset,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Float32[Tensor, "queries documents"]:
-    queries = encoder.encode_queries([query.text for query in dataset.queries])
-    columns, done = [], 0
-    for images in _image_chunks(dataset.corpus):
-        columns.append(maxsim(queries, encoder.encode_documents(images)))
-        done += len(images)
-        if on_progress is not None:
-            on_progress(done, len(dataset.corpus))
-    return torch.cat(columns, dim=1)
+def random_order_score(dataset: RetrievalDataset, name: str) -> float:
+    """What a random order of a split's candidates scores in a metric on average, exactly."""
+    relevance = relevance_of(dataset)
+    return float(chance(ranks(torch.zeros(relevance.shape), relevance), name).mean())
 
 
 def _image_chunks(corpus: Corpus) -> Iterator[list[np.ndarray]]:

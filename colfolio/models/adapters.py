@@ -7,41 +7,60 @@ read. An adapter is tied to its base by the hash of the base's weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from colfolio.errors import CheckpointError, ColfolioError
-from colfolio.models.contract import Contract, hash_weights
+from colfolio.models.checkpoint import check_shapes
+from colfolio.models.contract import Contract
 from colfolio.models.lora.files import is_adapter_folder, read_adapter, write_adapter
-from colfolio.models.lora.layers import drop_all, fold_all, is_adapted, merge_all, unmerge_all
+from colfolio.models.lora.layers import (
+    drop_all,
+    fold_all,
+    fold_some,
+    is_adapted,
+    merge_all,
+    unmerge_all,
+)
 from colfolio.models.lora.opening import put_in
 from colfolio.models.lora.placing import (
     PROJECTION_NAME,
+    LoraPlan,
     LoraSettings,
+    adapter_weights,
     first_weights,
     inject,
     lora_layers,
     named_modules,
+    plan_in,
     plan_of,
+    shapes_of,
 )
+from colfolio.models.projected import ProjectedBackbone
 from colfolio.models.retriever import Retriever
 
 __all__ = [
+    "LoraPlan",
     "LoraSettings",
+    "adapter_in",
     "add_lora",
+    "base_hash_of",
     "has_adapter",
     "is_adapter_folder",
     "load_adapter",
     "merge",
+    "merge_layers",
+    "put_adapter",
     "remove",
     "save_adapter",
     "unmerge",
 ]
 
 
-def add_lora(retriever: Retriever, settings: LoraSettings, seed: int) -> None:
+def add_lora(retriever: ProjectedBackbone, settings: LoraSettings, seed: int) -> None:
     """Put fresh adapters into a retriever, in place; no vector changes by it.
 
     All else is frozen, except a projection that is trained wholly.
@@ -61,12 +80,40 @@ def add_lora(retriever: Retriever, settings: LoraSettings, seed: int) -> None:
     _take_over(retriever, root)
 
 
-def has_adapter(retriever: Retriever) -> bool:
+def adapter_in(retriever: ProjectedBackbone) -> tuple[LoraPlan, dict[str, Tensor]] | None:
+    """The adapter at work in a model, as `put_adapter` takes it; None if there is none."""
+    root = _root(retriever)
+    if next(lora_layers(root), None) is None:
+        return None
+    return plan_in(root), adapter_weights(root)
+
+
+def put_adapter(
+    retriever: ProjectedBackbone, plan: LoraPlan, weights: Mapping[str, Tensor], origin: str
+) -> None:
+    """Put adapters with these tensors into a model, in place; what they are not is frozen.
+
+    Args:
+        origin: named in errors.
+
+    Raises:
+        ColfolioError: peft is missing, or the model has an adapter.
+        CheckpointError: the tensors are not exactly those of the plan.
+    """
+    _refuse_second(retriever)
+    root = _root(retriever)
+    shapes = {name: torch.Size(shape) for name, shape in shapes_of(root, plan).items()}
+    check_shapes(shapes, weights, origin)
+    inject(root, plan, weights)
+    _take_over(retriever, root)
+
+
+def has_adapter(retriever: ProjectedBackbone) -> bool:
     """Whether there is an adapter, at work or merged so that it can be set apart again."""
     return is_adapted(_root(retriever))
 
 
-def merge(retriever: Retriever, *, keeps_adapter: bool = False) -> None:
+def merge(retriever: ProjectedBackbone, *, keeps_adapter: bool = False) -> None:
     """Let one product compute what a layer and its adapter do, in place.
 
     `W + scale * B A` is summed in float32 at least, and rounded once to the dtype of W.
@@ -83,7 +130,22 @@ def merge(retriever: Retriever, *, keeps_adapter: bool = False) -> None:
         retriever.requires_grad_(True)
 
 
-def unmerge(retriever: Retriever) -> None:
+def merge_layers(retriever: ProjectedBackbone, names: Collection[str]) -> None:
+    """Fold the adapters of some layers into the layers' weights, in place and for good.
+
+    Weights stay the parameters that they were, and train or not as before. With the last adapter a
+    projection that is trained wholly becomes a plain layer.
+
+    Args:
+        names: of adapted layers, as in a checkpoint; others are passed over.
+    """
+    if names:
+        root = _root(retriever)
+        fold_some(root, names)
+        _take_over(retriever, root)
+
+
+def unmerge(retriever: ProjectedBackbone) -> None:
     """Set adapters that `merge` kept apart again; all weights are what they were, to the bit.
 
     Raises:
@@ -110,23 +172,48 @@ def remove(retriever: Retriever) -> None:
 
 
 def save_adapter(
-    retriever: Retriever, folder: str | Path, base: str, revision: str | None = None
+    retriever: Retriever,
+    folder: str | Path,
+    base: str,
+    revision: str | None = None,
+    *,
+    base_hash: str | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter alone, with the contract and the hash of its base.
 
     Args:
         base: hub id or folder of the base; a relative folder is looked for from the adapter's.
         revision: of a hub id.
+        base_hash: of the base's weights as its folder has them, if those here are of another dtype.
+        weights: those of `adapter_in`, put together by the caller if they are spread over ranks.
 
     Raises:
-        ColfolioError: there is no adapter, or it is merged.
+        ColfolioError: there is no adapter, or it is merged; or no hash is given, and the one of the
+            base's folder is not known.
         CheckpointError: the folder holds something else than an adapter, or cannot be written.
     """
     root = _root(retriever)
     _check_open(root)
-    found = hash_weights(retriever.weights())
+    found = base_hash or base_hash_of(retriever)
     contract = retriever.contract.model_copy(update={"base_hash": found})
-    write_adapter(root, contract, Path(folder), base, revision)
+    write_adapter(root, contract, Path(folder), base, revision, weights)
+
+
+def base_hash_of(retriever: Retriever) -> str:
+    """The hash by which an adapter names the base that a retriever is, as its folder has it.
+
+    Raises:
+        ColfolioError: it is not known, because the weights were cast since they were read.
+    """
+    found = retriever.weights_hash()
+    if found is None:
+        raise ColfolioError(
+            "the weights were cast since they were read, so the hash by which an adapter names its "
+            "base is not known; cast by Retriever.from_pretrained(base, dtype=...), or save the "
+            "base as it is now and open that"
+        )
+    return found
 
 
 def load_adapter(retriever: Retriever, folder: str | Path) -> None:
@@ -144,21 +231,27 @@ def load_adapter(retriever: Retriever, folder: str | Path) -> None:
     if adapter.contract is not None:
         _check_same_use(adapter.contract, retriever.contract, adapter.folder)
     projection, contract = put_in(
-        adapter, retriever.backbone, retriever.projection, retriever.contract
+        adapter,
+        retriever.backbone,
+        retriever.projection,
+        retriever.contract,
+        retriever.weights_hash(),
     )
     retriever.projection, retriever.contract = projection, contract
 
 
-def _root(retriever: Retriever) -> nn.Module:
+def _root(retriever: ProjectedBackbone) -> nn.Module:
     return named_modules(retriever.backbone, retriever.projection)
 
 
-def _take_over(retriever: Retriever, root: nn.Module) -> None:
+def _take_over(retriever: ProjectedBackbone, root: nn.Module) -> None:
     """The projection is the one module that another object holds."""
     retriever.projection = root.get_submodule(PROJECTION_NAME)
 
 
-def _change(retriever: Retriever, change: Callable[[nn.Module], None], *, needs_open: bool) -> None:
+def _change(
+    retriever: ProjectedBackbone, change: Callable[[nn.Module], None], *, needs_open: bool
+) -> None:
     root = _root(retriever)
     if needs_open or not is_adapted(root):
         _check_open(root)
@@ -173,7 +266,7 @@ def _check_open(root: nn.Module) -> None:
         raise ColfolioError("the adapter is merged: unmerge(retriever) comes first")
 
 
-def _refuse_second(retriever: Retriever) -> None:
+def _refuse_second(retriever: ProjectedBackbone) -> None:
     if has_adapter(retriever):
         raise ColfolioError("the retriever has an adapter: merge it, or remove it")
 

@@ -115,6 +115,7 @@ def base_from_graft(
     seed: int,
     scheme: str | None = None,
     revision: str | None = None,
+    vision_revision: str | None = None,
 ) -> Retriever:
     """A base from a text decoder with M-RoPE and the vision tower of a Qwen2-VL.
 
@@ -123,14 +124,14 @@ def base_from_graft(
     Args:
         decoder, vision: hub ids or folders, see `grafted_backbone`.
         scheme: of positions; None takes that of a decoder grafted before, or else `qwen2_vl`.
-        revision: of the decoder's hub id.
+        revision, vision_revision: of the decoder's and the tower's hub ids.
 
     Raises:
         CheckpointError: the weights are not exactly those of the towers, a language-model head
             aside, or the towers do not fit together.
     """
     _check_drawn(dim, seed)
-    sources = locate(decoder, revision), locate(vision)
+    sources = locate(decoder, revision), locate(vision, vision_revision)
     text, tower = (location.folder for location in sources)
     origin = f"{text} with the vision tower of {tower}"
     found = grafted_backbone(text, tower, SPECIAL_TOKENS, scheme, seed)

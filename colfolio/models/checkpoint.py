@@ -40,8 +40,9 @@ def load_parts(
     backbone, projection = assemble(found.config, found.weights, found.contract.dim, origin)
     contract = check_saved(found.contract, found.weights, origin)
     if location.hub_id is not None:
-        source = Source(name=location.hub_id, revision=location.commit)
-        contract = contract.model_copy(update={"source": source})
+        here = Source(name=location.hub_id, revision=location.commit)
+        updated = {"loaded_from": here, "source": contract.source or here}
+        contract = contract.model_copy(update=updated)
     return backbone, projection, found.tokenizer, contract
 
 
@@ -87,11 +88,12 @@ def check_tokenizer(tokenizer: Tokenizer, config: PretrainedConfig, origin: str)
     """Refuse a tokenizer that is not the backbone's.
 
     Raises:
-        CheckpointError: it has more tokens than the embedding has rows, or visual tokens have other
-            ids than the configuration says.
+        CheckpointError: a token has an id for which the embedding has no row, or visual tokens have
+            other ids than the configuration says.
     """
-    size, rows = tokenizer.get_vocab_size(), config.get_text_config().vocab_size
-    wrong = [f"it has {size} tokens, the embedding {rows} rows"] if size > rows else []
+    greatest = max(tokenizer.get_vocab().values(), default=0)
+    rows = config.get_text_config().vocab_size
+    wrong = [f"it has a token {greatest}, the embedding {rows} rows"] if greatest >= rows else []
     for name, token in (("image_token_id", IMAGE_TOKEN), ("video_token_id", VIDEO_TOKEN)):
         own, told = tokenizer.token_to_id(token), getattr(config, name, None)
         if own is not None and told is not None and own != told:
@@ -110,11 +112,17 @@ def save_parts(
     """Write a checkpoint folder aside and rename it into place.
 
     Raises:
-        CheckpointError: the folder exists and holds something else than a checkpoint, or the
-            weights cannot be written.
+        CheckpointError: the folder exists and holds something else than a checkpoint, the weights
+            cannot be written, or the contract says other dimensions than the projection has.
     """
+    rows = len(weights[PROJECTION + "weight"])
+    if contract.dim != rows:
+        raise CheckpointError(
+            f"{folder}: is not written: its contract says vectors of {contract.dim} dimensions, "
+            f"and the projection ({PROJECTION}weight) has {rows}; set the retriever's contract"
+        )
     found = formats.Found("colfolio", config, dict(weights), tokenizer, contract)
-    formats.write(found, folder, "colfolio")
+    formats.write_checkpoint(found, folder)
 
 
 def hidden_size(config: PretrainedConfig) -> int:
@@ -135,9 +143,13 @@ def restore_buffers(backbone: PreTrainedModel) -> None:
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast weights alone: in half precision the inverse frequencies would turn tokens wrongly."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
+    """Cast weights alone: in half precision the inverse frequencies would turn tokens wrongly.
+
+    With an adapter also what it keeps of the base's projection; a checkpoint has all of these.
+    """
+    for tensor in module.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def _built_again(module: nn.Module) -> nn.Module:
@@ -153,6 +165,17 @@ def _check_names(
 ) -> None:
     expected = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
     expected |= {PROJECTION + name: t.shape for name, t in projection.state_dict().items()}
+    check_shapes(expected, weights, origin)
+
+
+def check_shapes(
+    expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor], origin: str
+) -> None:
+    """Refuse weights that are not exactly those of an architecture.
+
+    Raises:
+        CheckpointError: lists all missing and unexpected names, and those of another shape.
+    """
     missing = sorted(set(expected) - set(weights))
     unexpected = sorted(set(weights) - set(expected))
     shapes = [

@@ -19,7 +19,7 @@ from colfolio.data.patches import PixelBudget
 from colfolio.data.prompts import Templates
 from colfolio.errors import CheckpointError, RecipeError
 from colfolio.models.families import position_scheme_of
-from colfolio.models.files import CONFIG_FILE, TOKENIZER_FILE
+from colfolio.models.files import CONFIG_FILE, TOKENIZER_FILE, parse_json
 
 CONTRACT_FILE = "colfolio.json"
 PROJECTION = "custom_text_proj."
@@ -60,13 +60,17 @@ class Contract(Settings):
         kept_vectors: which vectors of a document are kept.
         base_hash: SHA-256 of the base's weights (backbone and projection) as it was first saved.
         projection_hash: SHA-256 of its projection as it was drawn.
-        source: where the weights were read from that these came of.
+        source: where the weights of the base were read from.
+        loaded_from: the hub id and commit that these weights, or those that they were trained from,
+            were last read from; None for folders.
         versions: of packages, when the file was written.
         recipe: settings of the training run.
         data: fingerprint of each split that it was trained on.
         metrics: what it reached, by split and metric.
         assumed: what a checkpoint of another library did not say and was filled in, in sentences.
         weights_hash: SHA-256 of the weights beside this file; empty in memory.
+        plan_hash: SHA-256 of what the adapter's configuration beside this file asks for; empty in
+            memory.
         files: SHA-256 of configuration and tokenizer beside this file; empty in memory.
         seal: a digest of each field as it was saved; empty in memory.
     """
@@ -82,12 +86,14 @@ class Contract(Settings):
     base_hash: str
     projection_hash: str = ""
     source: Source | None = None
+    loaded_from: Source | None = None
     versions: dict[str, str] = Field(default={})
     recipe: dict[str, Any] | None = None
     data: dict[str, str] = Field(default={})
     metrics: dict[str, float] = Field(default={})
     assumed: tuple[str, ...] = ()
     weights_hash: str = ""
+    plan_hash: str = ""
     files: dict[str, str] = Field(default={})
     seal: dict[str, str] = Field(default={})
 
@@ -97,18 +103,28 @@ class Contract(Settings):
 
 
 def save_contract(
-    contract: Contract, folder: Path, weights: Mapping[str, Tensor] | None = None
+    contract: Contract,
+    folder: Path,
+    weights: Mapping[str, Tensor] | None = None,
+    plan_hash: str = "",
 ) -> None:
     """Write the contract, sealed, as the last file of a folder; it names the others by their hash.
 
     Args:
         weights: of the folder, by the names of `Retriever.weights`; None if it has none of its own.
+        plan_hash: of an adapter's folder.
 
     The seal tells of edits by hand and of damage, not of forgery.
     """
     found = "" if weights is None else hash_weights(weights)
     files = {name: _hash_file(folder / name) for name in _FILES if (folder / name).is_file()}
-    updated = {"versions": versions(), "weights_hash": found, "files": files, "seal": {}}
+    updated = {
+        "versions": versions(),
+        "weights_hash": found,
+        "plan_hash": plan_hash,
+        "files": files,
+        "seal": {},
+    }
     # validated anew, so that every field of every part counts as set
     whole = Contract.model_validate(contract.model_dump() | updated)
     sealed = whole.model_copy(update={"seal": _seal(whole)})
@@ -125,7 +141,7 @@ def load_contract(folder: Path) -> Contract:
     """
     path = folder / CONTRACT_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
         _check_format(values, path)
         contract = validated(values, Contract, str(path))
     except FileNotFoundError:
@@ -181,6 +197,11 @@ def check_saved(contract: Contract, weights: Mapping[str, Tensor], origin: str) 
         CheckpointError: a field or the weights were changed since, or weights that say they are a
             base have another projection than the one drawn.
     """
+    if contract.weights_hash and not contract.seal:
+        raise CheckpointError(
+            f"{origin}: {CONTRACT_FILE} has a weights_hash and no seal, with which it was saved, "
+            "so it was changed since; take the file as it was"
+        )
     found = _seal(contract)
     changed = sorted(
         name for name in found | contract.seal if found.get(name) != contract.seal.get(name)
@@ -195,7 +216,9 @@ def check_saved(contract: Contract, weights: Mapping[str, Tensor], origin: str) 
         _check_hash(contract.weights_hash, weights, "weights_hash", origin)
     if contract.projection_hash and contract.weights_hash == contract.base_hash:
         _check_hash(contract.projection_hash, projection_of(weights), "projection_hash", origin)
-    return contract.model_copy(update={"weights_hash": "", "files": {}, "seal": {}})
+    return contract.model_copy(
+        update={"weights_hash": "", "plan_hash": "", "files": {}, "seal": {}}
+    )
 
 
 def differences(ours: Settings, theirs: Settings) -> list[str]:

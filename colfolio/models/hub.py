@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from colfolio.errors import CheckpointError
 
@@ -93,6 +94,27 @@ def local_folder(
     return locate(path_or_id, revision, with_weights=with_weights).folder
 
 
+def check_push(repo_id: str, *, private: bool = False) -> None:
+    """Refuse a push that could not succeed, before anything is made for it.
+
+    Raises:
+        CheckpointError: it is no hub id, nobody is logged in, the hub cannot be reached, or the
+            repository is public where a private one is asked for.
+    """
+    _check_id(repo_id)
+    try:
+        if get_token() is None:
+            raise LocalTokenNotFoundError("no token")
+        if private:
+            _check_private(repo_id)
+        else:
+            HfApi().repo_info(repo_id, timeout=_TIMEOUT)
+    except _HUB_ERRORS as error:
+        if _status(error) != 404:  # there is none yet: `push` makes it
+            reason = _reason(error)
+            raise CheckpointError(f"{repo_id}: nothing can be pushed there: {reason}") from None
+
+
 def push(folder: Path, repo_id: str, *, private: bool = False) -> str:
     """Make a repository on the hub, or take the one there is, and put a model's folder into it.
 
@@ -107,16 +129,12 @@ def push(folder: Path, repo_id: str, *, private: bool = False) -> str:
     """
     if not any((folder / name).is_file() for name in _MODEL_FILES):
         raise CheckpointError(f"{folder}: holds no model, so nothing is pushed")
-    if repo_id.count("/") != 1:
-        raise CheckpointError(f"{repo_id!r}: not a hub id of the form owner/name")
+    _check_id(repo_id)
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.repo_info(repo_id, timeout=_TIMEOUT).private:
-            raise CheckpointError(
-                f"{repo_id}: is public, and was asked to be private; nothing was pushed. Make it "
-                "private on its page, or choose another name"
-            )
+        if private:
+            _check_private(repo_id)
         message = "Add model by Colfolio"
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder, allow_patterns=_PUSHED, commit_message=message
@@ -126,9 +144,31 @@ def push(folder: Path, repo_id: str, *, private: bool = False) -> str:
     return commit.commit_url
 
 
+def _check_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo_id!r}: not a hub id: {_first_line(error)}") from None
+    if repo_id.count("/") != 1:
+        raise CheckpointError(f"{repo_id!r}: not a hub id of the form owner/name")
+
+
+def _check_private(repo_id: str) -> None:
+    if not HfApi().repo_info(repo_id, timeout=_TIMEOUT).private:
+        raise CheckpointError(
+            f"{repo_id}: is public, and was asked to be private; nothing was pushed. Make it "
+            "private on its page, or choose another name"
+        )
+
+
+def _status(error: Exception) -> int | None:
+    """Of the hub's answer; None if there was none."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
 def _reason(error: Exception) -> str:
     """What is wrong and what to do, in one line."""
-    answer = getattr(getattr(error, "response", None), "status_code", None)
+    answer = _status(error)
     is_unknown = isinstance(error, LocalTokenNotFoundError) or answer == 401
     is_missing = isinstance(error, RepositoryNotFoundError) or answer == 404
     is_told = isinstance(error, HFValidationError | HfHubHTTPError)

@@ -1,7 +1,4 @@
-"""The retriever: towers, projection, unit length; packed inputs in, ragged vectors out.
-
-Letters: N tokens of all rows, P patches, V visual tokens, H hidden size.
-"""
+"""The retriever: towers, projection, unit length; packed inputs in, ragged vectors out."""
 
 from __future__ import annotations
 
@@ -17,14 +14,13 @@ from jaxtyping import Float
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from colfolio.attention import set_attention
 from colfolio.batch import MultiVectors, Packed
 from colfolio.data.collate import Collator
 from colfolio.data.prompts import Prompter, Templates
-from colfolio.errors import ColfolioError
-from colfolio.models.border import Border, BorderOutput
+from colfolio.errors import CheckpointError, ColfolioError
+from colfolio.models.border import BorderOutput
 from colfolio.models.checkpoint import cast_parameters, save_parts
-from colfolio.models.contract import Contract, hash_weights
+from colfolio.models.contract import Contract, check_contract, hash_weights
 from colfolio.models.document_inputs import DocumentLike, DocumentReader, listed_documents
 from colfolio.models.encoding import (
     OnProgress,
@@ -33,18 +29,11 @@ from colfolio.models.encoding import (
     listed_texts,
     scores_on,
 )
-from colfolio.models.linear import linear, speed_up_linears
+from colfolio.models.lora.base_hash import hash_at_origin, origin_of
 from colfolio.models.lora.layers import base_weights
 from colfolio.models.lora.opening import load_adapted_parts
 from colfolio.models.lora.placing import adapter_digest, lora_layers, named_modules
-from colfolio.models.towers import (
-    Deepstack,
-    Stretch,
-    entrances,
-    exits,
-    run_text,
-    run_vision,
-)
+from colfolio.models.projected import ProjectedBackbone, usable_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +45,7 @@ class VisualSpan:
     columns: int
 
 
-class Retriever(nn.Module):
+class Retriever(ProjectedBackbone):
     """A vision-language backbone, a projection, and the contract of how they are used.
 
     Args:
@@ -74,18 +63,10 @@ class Retriever(nn.Module):
         tokenizer: Tokenizer,
         contract: Contract,
     ) -> None:
-        super().__init__()
-        set_attention(backbone)
-        if not isinstance(backbone.visual.patch_embed, LinearPatchEmbed):
-            backbone.visual.patch_embed = LinearPatchEmbed(backbone.visual.patch_embed.proj)
-        speed_up_linears(backbone)
-        # Any: which attributes a family's model has is known to `transformers` only at run time
-        self.backbone: Any = backbone
-        self.projection: Any = projection
+        super().__init__(backbone, projection, _collator(tokenizer, contract))
         self.tokenizer = tokenizer
-        self.contract = contract
-        prompter = Prompter(tokenizer, contract.templates)
-        self.collator = Collator(prompter, contract.pixel_budget, contract.position_scheme)
+        self._contract = self._kept(contract)
+        self._origin = origin_of(self.weights())
 
     @classmethod
     def from_pretrained(
@@ -111,11 +92,28 @@ class Retriever(nn.Module):
             CheckpointError: a file, tensor or token is missing, unexpected or damaged.
             ColfolioError: the device cannot be used.
         """
-        place = _usable(device)
+        place = usable_device(device)
         retriever = cls(*load_adapted_parts(path_or_id, revision, templates, base))
         if dtype is not None:
-            cast_parameters(retriever, dtype)
+            retriever._cast(dtype)
         return retriever.to(place).eval()
+
+    @property
+    def contract(self) -> Contract:
+        """What the model promises. Another one that is set holds at once, for inputs too.
+
+        Raises:
+            CheckpointError: backbone or projection cannot keep the one that is set; or the
+                tokenizer lacks a token of its templates.
+        """
+        return self._contract
+
+    @contract.setter
+    def contract(self, contract: Contract) -> None:
+        kept = self._kept(contract)
+        if kept.deciding() != self._contract.deciding():
+            self.collator = _collator(self.tokenizer, kept)
+        self._contract = kept
 
     def save_pretrained(
         self, folder: str | Path, weights: Mapping[str, Tensor] | None = None
@@ -128,7 +126,7 @@ class Retriever(nn.Module):
         Raises:
             ColfolioError: there is an adapter, which would be lost.
         """
-        if any(lora_layers(named_modules(self.backbone, self.projection))):
+        if weights is None and any(lora_layers(named_modules(self.backbone, self.projection))):
             raise ColfolioError(
                 "the retriever has an adapter, which its weights alone do not hold: merge it, or "
                 "write it by `save_adapter`"
@@ -145,21 +143,18 @@ class Retriever(nn.Module):
         named |= {f"custom_text_proj.{k}": v for k, v in self.projection.state_dict().items()}
         return base_weights(named)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.projection.weight.device
+    def weights_hash(self) -> str | None:
+        """SHA-256 of the weights, without an adapter, as they were read: in the dtype of the file.
+
+        Returns:
+            None if they were cast since, otherwise than by `from_pretrained`; then it is unknown.
+        """
+        return hash_at_origin(self._origin, self.weights())
 
     @property
     def dim(self) -> int:
         """Dimensions of each vector."""
         return self.contract.dim
-
-    def units(self) -> list[nn.Module]:
-        """The modules that hold all parameters, each run by a call; of these a model is sharded."""
-        visual, text = self.backbone.visual, self.backbone.language_model
-        vision = [*entrances(visual), *visual.blocks, *exits(visual)]
-        return [*vision, text.embed_tokens, *text.layers, text.norm, self.projection]
 
     def fingerprint(self) -> str:
         """SHA-256 of all that decides a vector: weights as they are now, and what is promised."""
@@ -173,63 +168,10 @@ class Retriever(nn.Module):
         Args:
             below: what `run_below` made of the same batch; only what lies above its border runs.
         """
-        layers = below.border.layers if below and below.border.tower == "text" else 0
-        deepstack = None
-        if below and layers:
-            states = below.states
-        else:
-            states, deepstack = self._embeddings(packed, below)
-        text = self.backbone.language_model
-        hidden = run_text(text, states, packed, Stretch(layers), deepstack)
-        vectors = self.projection(hidden.to(self.projection.weight.dtype))  # [N, dim]
+        hidden = self._hidden(packed, below)
+        vectors = self.projection(hidden.to(self.projection.weight.dtype))  # [tokens, dim]
         vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         return MultiVectors(F.normalize(vectors, dim=-1), packed.offsets)
-
-    @torch.no_grad()
-    def run_below(self, packed: Packed, border: Border) -> BorderOutput:
-        """What the layers below a border make of a batch; see `frozen_border`."""
-        visual, text = self.backbone.visual, self.backbone.language_model
-        if border.tower == "vision":
-            stretch = Stretch(end=border.layers)
-            return BorderOutput(
-                border, run_vision(visual, packed.patches, packed, self._merge, stretch)
-            )
-        if not border.layers:
-            return BorderOutput(border, run_vision(visual, packed.patches, packed, self._merge))
-        states, deepstack = self._embeddings(packed, None)
-        stretch = Stretch(end=border.layers)
-        return BorderOutput(border, run_text(text, states, packed, stretch, deepstack))
-
-    def _embeddings(
-        self, packed: Packed, below: BorderOutput | None
-    ) -> tuple[Float[Tensor, "N H"], Deepstack | None]:
-        """What the text tower reads: embedded tokens, and visual features in their places."""
-        embeddings = self.backbone.language_model.embed_tokens(packed.token_ids)  # [N, H]
-        if not len(packed.grid_thw):
-            return embeddings, None
-        prompter = self.collator.prompter
-        visual = packed.token_ids == prompter.image_token_id
-        if prompter.video_token_id is not None:
-            visual = visual | (packed.token_ids == prompter.video_token_id)
-        made = self._visual_features(packed, below).to(embeddings.dtype)
-        features, *more = made.split(embeddings.shape[1], dim=1)  # [V, H] each
-        states = embeddings.masked_scatter(visual.unsqueeze(1), features)
-        return states, Deepstack(visual, tuple(more)) if more else None
-
-    def _visual_features(
-        self, packed: Packed, below: BorderOutput | None
-    ) -> Float[Tensor, "V width"]:
-        """Of each visual token, and beside them those of deepstack."""
-        if below is None:
-            return run_vision(self.backbone.visual, packed.patches, packed, self._merge)
-        if below.border.tower == "text":
-            return below.states
-        stretch = Stretch(below.border.layers)
-        return run_vision(self.backbone.visual, below.states, packed, self._merge, stretch)
-
-    @property
-    def _merge(self) -> int:
-        return self.contract.pixel_budget.merge
 
     def encode_queries(
         self,
@@ -312,6 +254,27 @@ class Retriever(nn.Module):
         rows, columns = self.collator.document_size(*image_size)
         return VisualSpan(self.collator.prompter.num_before_image, rows, columns)
 
+    def _kept(self, contract: Contract) -> Contract:
+        """The contract, once backbone and projection are known to keep it."""
+        check_contract(contract, self.backbone.config, "contract of a retriever")
+        rows = len(self.projection.weight)
+        if contract.dim != rows:
+            raise CheckpointError(
+                f"contract of a retriever: dim is {contract.dim}, but its projection has {rows} "
+                "rows, and a vector as many dimensions"
+            )
+        return contract
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        """Cast the weights just read, and keep of what they were what adapters need."""
+        if all(tensor.dtype == dtype for tensor in self.weights().values()):
+            cast_parameters(self, dtype)  # what an adapter has beside them
+            return
+        is_adapted = any(lora_layers(named_modules(self.backbone, self.projection)))
+        before = self.contract.base_hash if is_adapted else hash_weights(self.weights())
+        cast_parameters(self, dtype)
+        self._origin = origin_of(self.weights(), before)
+
     @torch.no_grad()
     def _encode(
         self,
@@ -334,26 +297,7 @@ class Retriever(nn.Module):
         return MultiVectors.from_list([encoded[row] for row in range(total)])
 
 
-class LinearPatchEmbed(nn.Module):
-    """The patch embedding as one linear map over the weights of its convolution.
-
-    The stride equals the kernel, so both compute the same; the product is faster on a CPU.
-    """
-
-    def __init__(self, proj: nn.Conv3d) -> None:
-        super().__init__()
-        self.proj = proj
-
-    def forward(self, patches: Float[Tensor, "P patch_dim"]) -> Float[Tensor, "P width"]:
-        """Embed flat patches."""
-        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
-
-
-def _usable(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ColfolioError(f"device {str(device)!r} cannot be used: {reason}") from None
+def _collator(tokenizer: Tokenizer, contract: Contract) -> Collator:
+    """What makes the inputs that a contract promises."""
+    prompter = Prompter(tokenizer, contract.templates)
+    return Collator(prompter, contract.pixel_budget, contract.position_scheme)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from colfolio.errors import CheckpointError
+from colfolio.models.files import parse_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -159,7 +160,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: lies beside {WEIGHTS_FILE}; remove the one or the other")
     _check_place(path)
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        values = parse_json(path.read_text(encoding="utf-8"), _unique)
         shards = values["weight_map"]
         if not isinstance(shards, dict) or not shards:
             raise ValueError("weight_map maps no tensors to files")

@@ -5,13 +5,18 @@ from colfolio.training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
-    save_model,
 )
-from colfolio.training.loop import StepReport, train
-from colfolio.training.state import TrainingState, TrainSettings, start_training
+from colfolio.training.loop import train
+from colfolio.training.saved_model import save_model
+from colfolio.training.start import start_training
+from colfolio.training.state import TrainingState, TrainSettings
+from colfolio.training.step_report import AnyReport, GenerationReport, PartReport, StepReport
 
 __all__ = [
     "FREE_SETTINGS",
+    "AnyReport",
+    "GenerationReport",
+    "PartReport",
     "StepReport",
     "TrainSettings",
     "TrainingState",

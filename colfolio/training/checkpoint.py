@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,29 @@ from colfolio.config import validated
 from colfolio.data.sampler import SamplerPosition
 from colfolio.distributed import World, gather_state, place_optimiser_state
 from colfolio.errors import CheckpointError
+from colfolio.models.adapters import LoraPlan, adapter_in, put_adapter
+from colfolio.models.files import parse_json, replace_folder
+from colfolio.models.generator import Generator
 from colfolio.models.retriever import Retriever
-from colfolio.training.state import TrainingState, TrainSettings, start_training
+from colfolio.models.weights import listed, read_tensors, write_weights
+from colfolio.training.optim import ParameterGroup
+from colfolio.training.start import assembled
+from colfolio.training.state import TrainingState, TrainSettings
+from colfolio.training.thaw_signals import Watch
 
 MODEL_FOLDER = "model"
+_ADAPTER_FILE = "adapter.safetensors"
 _OPTIMISER_FILE = "optimiser.pt"
 _STATE_FILE = "state.json"
 # settings that change no gradient, only what it costs: a run may go on with others
-FREE_SETTINGS = ("memory", "features", "attention", "gradient_checkpointing", "parallel")
+FREE_SETTINGS = (
+    "memory",
+    "features",
+    "attention",
+    "gradient_checkpointing",
+    "parallel",
+    "tensorboard",
+)
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -55,47 +69,19 @@ def save_checkpoint(
     """
     assert not (is_alone and state.is_sharded)
     final = folder / f"step-{state.step:06d}"
-    weights = gather_state(state.retriever.weights())
+    adapter = adapter_in(state.model)
+    weights = gather_state(state.model.weights())
+    adapter_weights = gather_state(adapter[1]) if adapter else None
     optimiser = gather_state(state.optimiser.state_dict())
     if state.world.is_main:
-        values = {
-            "step": state.step,
-            "position": {"epoch": state.position.epoch, "index": state.position.index},
-            "settings": state.settings.model_dump(mode="json"),
-            "scaler": state.scaler.state_dict(),
-            "dataset": dataset_fingerprint,
-        }
-        _write(state.retriever, final, weights, optimiser, values)
+        values = _values(state, adapter and adapter[0]) | {"dataset": dataset_fingerprint}
+        _write(state.model, final, weights, adapter_weights, optimiser, values)
         for step, path in _checkpoints(folder)[:-keep]:
             if step != state.step:
                 shutil.rmtree(path)
     if not is_alone:
         state.world.barrier()
     return final
-
-
-def save_model(
-    state: TrainingState,
-    folder: Path,
-    *,
-    recipe: Mapping[str, Any] | None = None,
-    data: Mapping[str, str] | None = None,
-    metrics: Mapping[str, float] | None = None,
-) -> None:
-    """Save the model alone, as `Retriever.save_pretrained` does; all ranks call it.
-
-    Args:
-        recipe, data, metrics: what the model's contract tells of its training; see `Contract`.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    told = {"recipe": recipe, "data": dict(data or {}), "metrics": dict(metrics or {})}
-    state.retriever.contract = state.retriever.contract.model_copy(update=told)
-    weights = gather_state(state.retriever.weights())
-    if state.world.is_main:
-        state.retriever.save_pretrained(folder, weights)
-    state.world.barrier()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -117,7 +103,7 @@ def load_checkpoint(
     Args:
         settings: of the run that goes on; they must be those of the checkpoint, which also says
             what they leave to the machine. Those that change no gradient may be others: memory,
-            features, attention, gradient_checkpointing, parallel.
+            features, attention, gradient_checkpointing, parallel, tensorboard.
         dataset_fingerprint: of the training split, likewise.
         device: where to train; None takes a GPU if there is one.
         world: the ranks that go on; they may be more or fewer than those that saved.
@@ -130,17 +116,19 @@ def load_checkpoint(
     with world.together():
         saved = _read_state(path)
         _check_same(path, saved, settings, dataset_fingerprint)
-        retriever = Retriever.from_pretrained(path / MODEL_FOLDER, device=device)
+        kind = Generator if settings.objective == "generation" else Retriever
+        model = kind.from_pretrained(path / MODEL_FOLDER, device=device)
+        _restore_parts(path, model, saved)
     if world.size > 1:
-        found = (saved.step, saved.settings.model_dump(), retriever.fingerprint())
+        found = (saved.step, saved.settings.model_dump(), model.fingerprint())
         world.same_everywhere(found, "checkpoint")
     with world.together():
         free = {name: getattr(settings, name) for name in FREE_SETTINGS}
-        state = start_training(
-            retriever, saved.settings.model_copy(update=free), world, features_folder
-        )
+        settings = saved.settings.model_copy(update=free)
+        state = assembled(model, settings, world, features_folder, saved.groups, saved.opened)
         _place(path / _OPTIMISER_FILE, state, saved.scaler)
         state.step, state.position = saved.step, saved.position
+        state.watch, state.base_hash = saved.watch, saved.base_hash
     return state
 
 
@@ -153,20 +141,59 @@ class _Saved:
     settings: TrainSettings
     scaler: dict[str, Any]
     dataset: str
+    groups: list[ParameterGroup]
+    opened: list[int]
+    watch: Watch
+    adapter: LoraPlan | None
+    base_hash: str
+
+
+def _values(state: TrainingState, adapter: LoraPlan | None) -> dict[str, Any]:
+    """What a run is at, beside its tensors."""
+    return {
+        "step": state.step,
+        "position": asdict(state.position),
+        "settings": state.settings.model_dump(mode="json"),
+        "scaler": state.scaler.state_dict(),
+        "groups": [asdict(group) for group in state.groups],
+        "opened": state.opened,
+        "watch": asdict(state.watch),
+        "adapter": adapter and asdict(adapter),
+        "base_hash": state.base_hash,
+    }
 
 
 def _read_state(path: Path) -> _Saved:
     try:
-        values = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
+        values = parse_json((path / _STATE_FILE).read_text(encoding="utf-8"))
+        groups = [each | {"names": tuple(each["names"])} for each in values["groups"]]
         return _Saved(
             int(values["step"]),
             SamplerPosition(**values["position"]),
             validated(values["settings"], TrainSettings, str(path / _STATE_FILE)),
             values["scaler"],
             values["dataset"],
+            [ParameterGroup(**group) for group in groups],
+            values["opened"],
+            Watch(**values["watch"]),
+            LoraPlan(**values["adapter"]) if values["adapter"] else None,
+            values["base_hash"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be resumed from: {error}") from None
+
+
+def _restore_parts(path: Path, model: Retriever | Generator, saved: _Saved) -> None:
+    """Put the adapter back that was apart, and let train what trained."""
+    if saved.adapter is not None:
+        put_adapter(model, saved.adapter, read_tensors(path / _ADAPTER_FILE), str(path))
+    trained = {name for group in saved.groups for name in group.names}
+    parameters = dict(model.named_parameters())
+    unknown = sorted(trained - parameters.keys())
+    if unknown:
+        raise CheckpointError(f"{path}: trains what its model does not have: {listed(unknown)}")
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trained)
 
 
 def _place(path: Path, state: TrainingState, scaler: dict[str, Any]) -> None:
@@ -180,9 +207,10 @@ def _place(path: Path, state: TrainingState, scaler: dict[str, Any]) -> None:
 
 
 def _write(
-    retriever: Retriever,
+    model: Retriever | Generator,
     final: Path,
     weights: dict[str, Tensor],
+    adapter: dict[str, Tensor] | None,
     optimiser: dict[str, Any],
     values: dict[str, Any],
 ) -> None:
@@ -191,27 +219,16 @@ def _write(
     aside = final.with_name(f".{final.name}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        retriever.save_pretrained(aside / MODEL_FOLDER, weights)
+        model.save_pretrained(aside / MODEL_FOLDER, weights)
+        if adapter is not None:
+            own = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
+            write_weights(own, aside / _ADAPTER_FILE)
         _write_optimiser(optimiser, aside / _OPTIMISER_FILE)
         text = json.dumps(values, indent=2) + "\n"
         (aside / _STATE_FILE).write_text(text, encoding="utf-8")
-        _replace(final, aside)
+        replace_folder(final, aside)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _replace(final: Path, aside: Path) -> None:
-    """Rename a folder into place; the one that was there goes once the new one stands."""
-    before = final.with_name(f".{final.name}.before")
-    shutil.rmtree(before, ignore_errors=True)
-    try:
-        if final.exists():
-            final.rename(before)
-        aside.rename(final)
-    finally:
-        if before.exists() and not final.exists():  # also after Ctrl-C
-            before.rename(final)
-        shutil.rmtree(before, ignore_errors=True)
 
 
 def _write_optimiser(optimiser: dict[str, Any], path: Path) -> None:

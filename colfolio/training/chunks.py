@@ -79,7 +79,7 @@ def chunks_of(
                 int(generator.integers(2**63)),
                 None if digests is None else digests[begin:end],
             )
-            for begin, end in _runs(packed, chunk_tokens)
+            for begin, end in row_runs(packed, chunk_tokens)
         ]
     return chunks
 
@@ -125,7 +125,7 @@ def gradients(side: MultiVectors, chunks: list[Chunk]) -> Iterator[tuple[Chunk, 
         begin += chunk.num_tokens
 
 
-def _runs(packed: Packed, chunk_tokens: int | None) -> Iterator[tuple[int, int]]:
+def row_runs(packed: Packed, chunk_tokens: int | None) -> Iterator[tuple[int, int]]:
     """First row and end of each chunk."""
     if chunk_tokens is None:
         if len(packed):

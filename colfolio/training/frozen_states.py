@@ -13,7 +13,7 @@ from colfolio.distributed import World
 from colfolio.errors import RecipeError
 from colfolio.models.border import Border, BorderOutput, frozen_border, frozen_parts
 from colfolio.models.precision import Precision
-from colfolio.models.retriever import Retriever
+from colfolio.models.projected import ProjectedBackbone
 from colfolio.training.dropout import RowDropout
 from colfolio.training.feature_cache import FeatureCache, row_key
 from colfolio.training.frozen_part import FrozenPart, FrozenWeights
@@ -39,7 +39,7 @@ class FrozenStates:
 
     def __init__(
         self,
-        retriever: Retriever,
+        retriever: ProjectedBackbone,
         precision: Precision,
         kernel: str,
         cache: FeatureCache | None,
@@ -53,7 +53,7 @@ class FrozenStates:
         self._borders: dict[bool, Border | None] = {}
         self._modules: list[nn.Module] = []
         self._weights = FrozenWeights([])
-        self._part = ""
+        self._part: str | None = None  # what was kept before is not known yet
 
     def begin(self) -> None:
         """Look anew at what is frozen; what another state of the weights made is forgotten.
@@ -91,7 +91,9 @@ class FrozenStates:
     def _from_cache(
         self, cache: FeatureCache, rows: Packed, digests: Sequence[bytes], border: Border
     ) -> Tensor:
-        states = [cache.get(self._part, digest) for digest in digests]
+        part = self._part
+        assert part is not None, "begin comes first"
+        states = [cache.get(part, digest) for digest in digests]
         missing = [row for row, found in enumerate(states) if found is None]
         if not self._world.agree(not missing):
             # a rank that has all its rows runs one with the others
@@ -99,13 +101,13 @@ class FrozenStates:
             made = self._run(rows.select(run), border)
             for row, fresh in zip(missing, made, strict=False):
                 states[row] = fresh
-                cache.put(self._part, digests[row], fresh)
+                cache.put(part, digests[row], fresh)
         device = self._retriever.device
         return torch.cat([state.to(device) for state in states if state is not None])
 
     def _run(self, rows: Packed, border: Border) -> tuple[Tensor, ...]:
         """States at the border, row by row."""
-        lengths = border.lengths(rows, self._retriever.contract.pixel_budget.merge)
+        lengths = border.lengths(rows, self._retriever.collator.budget.merge)
         made = self._retriever.run_below(rows.to(self._retriever.device), border)
         return made.states.split(lengths.tolist())
 
@@ -129,7 +131,7 @@ class FrozenStates:
         return part.fingerprint()
 
 
-def _config(retriever: Retriever) -> str:
+def _config(retriever: ProjectedBackbone) -> str:
     """What the configuration and the contract decide, whatever folder they were read from."""
     config = retriever.backbone.config
     parts = [config.vision_config.to_dict(), config.text_config.to_dict()]

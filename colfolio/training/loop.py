@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,54 +16,45 @@ from jaxtyping import Float
 from torch import Tensor
 
 from colfolio.batch import ContrastiveBatch
-from colfolio.data.contrastive import BatchSource, DrawnBatch
+from colfolio.data.contrastive import BatchSettings, BatchSource, DrawnBatch
+from colfolio.data.conversation_batches import ConversationSource
+from colfolio.data.conversations import ConversationDataset
 from colfolio.data.dataset import RetrievalDataset
 from colfolio.data.teacher import TeacherScores
-from colfolio.training.exact_batch import Loss
+from colfolio.training.exact_batch import ExactBatch, Loss
+from colfolio.training.generation import TextSummary
 from colfolio.training.losses import ScoreSummary, check_masks, contrastive_loss, maxsim_range
-from colfolio.training.optim import check_scale, learning_rate, optimiser_step
+from colfolio.training.opening import open_due_stages
+from colfolio.training.optim import check_scale, learning_rates, optimiser_step
+from colfolio.training.part_norms import PartNorms, trained_parts
 from colfolio.training.state import TrainingState
+from colfolio.training.step_report import GenerationReport, StepReport
+from colfolio.training.text_objective import text_backward, text_source
+from colfolio.training.thaw_schedule import check_schedule
+
+_Drawn = TypeVar("_Drawn")
 
 
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What one step did.
+def train(
+    state: TrainingState, dataset: RetrievalDataset | ConversationDataset
+) -> Iterator[StepReport | GenerationReport]:
+    """Train until the settings' number of steps; between two reports the state is whole.
 
     Args:
-        step: counted from 1; so many steps are done.
-        loss, chance, floor, margin, spread, candidates, masked, accuracy: see `ScoreSummary`.
-        gradient_norm: of all parameters together, before clipping.
-        skipped: gradients overflowed in half precision, and the weights stayed as they were.
-        lr: the learning rate of the step.
-        seconds: of the step, waiting for its batch included.
-        rows_per_second: queries, each with its document.
-    """
-
-    step: int
-    loss: float
-    chance: float
-    floor: float
-    margin: float
-    spread: float
-    candidates: float
-    masked: float
-    accuracy: float
-    gradient_norm: float
-    skipped: bool
-    lr: float
-    seconds: float
-    rows_per_second: float
-
-
-def train(state: TrainingState, dataset: RetrievalDataset) -> Iterator[StepReport]:
-    """Train until the settings' number of steps; between two reports the state is whole.
+        dataset: conversations for the objective `generation`, queries and pages for `retrieval`.
 
     Raises:
         DatasetError: at once, if the split has fewer queries than a batch has rows; later, if a
             batch has a query without a positive or without a negative.
+        RecipeError: at once, if a stage of `thaw` opens at an epoch that the run does not reach.
         FloatingPointError: the loss or the gradient is no longer finite.
     """
     settings = state.settings
+    an_epoch = _batches_an_epoch(dataset, settings.batch)
+    steps_an_epoch = an_epoch / settings.accumulation
+    check_schedule(settings.thaw, settings.thaw_window, settings.steps, steps_an_epoch)
+    if isinstance(dataset, ConversationDataset):
+        return _steps(state, text_source(state, dataset), an_epoch)
     is_taught = settings.loss.kind == "distillation"
     source = BatchSource(
         dataset,
@@ -73,35 +65,62 @@ def train(state: TrainingState, dataset: RetrievalDataset) -> Iterator[StepRepor
         TeacherScores(dataset) if is_taught else None,
         with_digests=state.exact.cache is not None,
     )
-    return _steps(state, source)
+    return _steps(state, source, an_epoch)
 
 
-def _steps(state: TrainingState, source: BatchSource) -> Iterator[StepReport]:
+def _batches_an_epoch(
+    dataset: RetrievalDataset | ConversationDataset, settings: BatchSettings
+) -> int:
+    """Batches of an epoch of the sampler, on average and rounded down; at least 1."""
+    if isinstance(dataset, ConversationDataset):
+        rows = float(len(dataset))
+    else:
+        rows = sum(settings.kind_weights.get(query.kind, 1.0) for query in dataset.queries)
+    return max(1, int(rows) // settings.rows)
+
+
+def _steps(
+    state: TrainingState, source: BatchSource | ConversationSource, an_epoch: int
+) -> Iterator[StepReport | GenerationReport]:
     settings = state.settings
     if settings.threads:
         torch.set_num_threads(settings.threads)
     begin = time.perf_counter()
     num_batches = (settings.steps - state.step) * settings.accumulation
     coming = _ahead(source.batches(state.position), num_batches)
+    parts = _part_norms(state)
     while drawn := _drawn(state, coming):
-        batches = _of_all_ranks(state, source, drawn)
-        rate = learning_rate(state.step, settings.steps, settings.optimiser)
-        summary = _backward(state, batches)
-        norm = _optimiser_step(state, rate)
+        opened = open_due_stages(state, state.position.epoch + state.position.index / an_epoch)
+        parts = _part_norms(state) if opened else parts
+        rates = learning_rates(state.optimiser, state.step, settings.steps, settings.optimiser)
+        summary, rows = _gradient(state, source, drawn)
+        norms = _optimiser_step(state, parts, rates)
         state.step += 1
         state.position = drawn[-1].after
-        end = time.perf_counter()
-        rows = sum(len(batch.positives) for batch in batches)
-        yield _report(state, summary, norm, rate, end - begin, rows)
+        report = _report(state, summary, parts, norms, begin, rows, opened)
+        if isinstance(report, StepReport):
+            state.watch.see(report, settings.thaw_window)
+        yield report
         begin = time.perf_counter()
 
 
-def _drawn(state: TrainingState, coming: Iterator[DrawnBatch]) -> list[DrawnBatch]:
+def _drawn(state: TrainingState, coming: Iterator[_Drawn]) -> list[_Drawn]:
     """This rank's shares of a step; what one rank cannot read or collate, all ranks refuse."""
-    drawn: list[DrawnBatch] = []
+    drawn: list[_Drawn] = []
     with state.world.together():
         drawn += islice(coming, state.settings.accumulation)
     return drawn
+
+
+def _gradient(
+    state: TrainingState, source: BatchSource | ConversationSource, drawn: list[Any]
+) -> tuple[ScoreSummary | TextSummary, int]:
+    """Add the gradient of a step's shares; what they say, and how many rows all ranks had."""
+    if isinstance(source, ConversationSource):
+        batches = [each.batch for each in drawn]
+        return text_backward(state, batches), state.settings.batch.rows * len(batches)
+    batches = _of_all_ranks(state, source, drawn)
+    return _backward(state, batches), sum(len(batch.positives) for batch in batches)
 
 
 def _of_all_ranks(
@@ -118,6 +137,7 @@ def _of_all_ranks(
 
 def _backward(state: TrainingState, batches: list[ContrastiveBatch]) -> ScoreSummary:
     """Add the mean gradient of some batches; what is drawn depends on (seed, step, batch)."""
+    assert isinstance(state.exact, ExactBatch)
     summaries = []
     for number, batch in enumerate(batches):
         drawn = np.random.default_rng((state.settings.seed, 3, state.step, number))
@@ -141,11 +161,21 @@ def _loss(state: TrainingState, batch: ContrastiveBatch) -> Loss:
     return loss
 
 
-def _optimiser_step(state: TrainingState, rate: float) -> Tensor:
-    """One step on the gradient of all ranks; returns its norm."""
-    state.world.sum_gradients(state.retriever.parameters())
+def _part_norms(state: TrainingState) -> PartNorms:
+    """Measures the parts that train now."""
+    parts = trained_parts(state.model)
+    return PartNorms(parts, state.world if state.is_sharded else None)
+
+
+def _optimiser_step(
+    state: TrainingState, parts: PartNorms, rates: Sequence[float]
+) -> Float[Tensor, " norms"]:
+    """One step on the gradient of all ranks; returns its norm, then what each part measured."""
+    state.world.sum_gradients(state.model.parameters())
+    before = parts.before_step(state.scaler.scale(torch.ones((), device=state.model.device)))
     settings = state.settings.optimiser
-    return optimiser_step(state.retriever, state.optimiser, rate, settings, state.scaler)
+    norm = optimiser_step(state.model, state.optimiser, rates, settings, state.scaler)
+    return torch.cat([norm[None], parts.after_step(before).flatten().to(norm)])
 
 
 def _mean(summaries: list[ScoreSummary]) -> ScoreSummary:
@@ -155,15 +185,18 @@ def _mean(summaries: list[ScoreSummary]) -> ScoreSummary:
 
 def _report(
     state: TrainingState,
-    summary: ScoreSummary,
-    norm: Tensor,
-    rate: float,
-    seconds: float,
+    summary: ScoreSummary | TextSummary,
+    parts: PartNorms,
+    norms: Float[Tensor, " norms"],
+    begin: float,
     rows: int,
-) -> StepReport:
-    """One transfer from the device for all numbers of a step."""
-    levels = [getattr(summary, field.name).detach() for field in fields(ScoreSummary)]
-    numbers = torch.stack([level.to(norm) for level in [*levels, norm]]).tolist()
+    opened: list[str],
+) -> StepReport | GenerationReport:
+    """One transfer from the device for all numbers of a step, which waits until it is done."""
+    levels = torch.stack([getattr(summary, field.name).detach() for field in fields(summary)])
+    numbers = torch.cat([levels.to(norms), norms]).tolist()
+    seconds = time.perf_counter() - begin
+    numbers, of_parts = numbers[: len(levels) + 1], numbers[len(levels) + 1 :]
     loss, *_, gradient_norm = numbers
     may_skip = state.scaler.is_enabled()
     if not math.isfinite(loss) or not (math.isfinite(gradient_norm) or may_skip):
@@ -171,17 +204,20 @@ def _report(
     is_skipped = not math.isfinite(gradient_norm)
     if is_skipped:
         check_scale(state.scaler)
-    return StepReport(
-        state.step,
-        *numbers,
-        skipped=is_skipped,
-        lr=rate,
-        seconds=seconds,
-        rows_per_second=rows / seconds,
-    )
+    shared: dict[str, Any] = {
+        "skipped": is_skipped,
+        "lr": max(float(group["lr"]) for group in state.optimiser.param_groups),
+        "seconds": seconds,
+        "rows_per_second": rows / seconds,
+        "parts": parts.reports(of_parts, state.optimiser),
+        "opened": opened,
+    }
+    if isinstance(summary, ScoreSummary):
+        return StepReport(state.step, *numbers, **shared)
+    return GenerationReport(state.step, *numbers, **shared)
 
 
-def _ahead(batches: Iterator[DrawnBatch], count: int) -> Iterator[DrawnBatch]:
+def _ahead(batches: Iterator[_Drawn], count: int) -> Iterator[_Drawn]:
     """So many batches, each made in a thread while the one before it is trained on."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="collate") as pool:
         coming = pool.submit(next, batches) if count > 0 else None

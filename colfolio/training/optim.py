@@ -1,10 +1,21 @@
-"""AdamW with warm-up and cosine decay, weight decay on matrices only, and a clipped gradient."""
+"""AdamW in groups of parameters, each with its rate; a schedule over all; a clipped gradient.
+
+The rate of a group at a step, both counted from 0, is a product:
+
+    base_lr * depth_factor * rise(step - opened) * schedule(step)
+
+The rise is a line up to 1 over the group's own warm-up, from the step at which it began to train.
+The schedule is the run's one: 1 for `warmup_steps`, then a cosine to the run's last step, so that a
+group that joins half-way begins at half of its rate, and all end together.
+"""
 
 from __future__ import annotations
 
 import importlib
 import math
 import weakref
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -43,37 +54,98 @@ class OptimiserSettings(Settings):
     state: Literal["fp32", "torchao_8bit", "bitsandbytes_8bit"] = "fp32"
 
 
-def build_optimiser(model: nn.Module, settings: OptimiserSettings) -> Optimizer:
-    """AdamW over the trainable parameters of a model, in order of name.
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """Parameters that train at one rate.
+
+    Args:
+        names: as in `named_parameters()` of the model.
+        part: what they are, for a reader.
+        base_lr: the highest learning rate.
+        opened: the step, counted from 0, with which they began to train.
+        warmup: steps of linear rise from there.
+        depth_factor: of the rate, smaller for lower layers.
+        weight_decay: see `OptimiserSettings`.
+    """
+
+    names: tuple[str, ...]
+    part: str
+    base_lr: float
+    opened: int
+    warmup: int
+    depth_factor: float
+    weight_decay: float
+
+
+def first_groups(
+    model: nn.Module, settings: OptimiserSettings, part: str = ""
+) -> list[ParameterGroup]:
+    """All that trains in a model, at the rate of the settings."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    rates = {"base_lr": settings.lr, "opened": 0, "warmup": settings.warmup_steps}
+    return split_by_decay(model, names, settings, part=part, depth_factor=1.0, **rates)
+
+
+def split_by_decay(
+    model: nn.Module, names: Collection[str], settings: OptimiserSettings, **values: Any
+) -> list[ParameterGroup]:
+    """A group of the matrices among some parameters, and one of the others, in order of name.
+
+    Args:
+        values: the other fields of the groups.
+    """
+    embeddings = {id(weight) for weight in _embeddings(model)}
+    decayed, plain = [], []
+    for name, parameter in sorted(model.named_parameters()):
+        if name in names:
+            is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+            (decayed if is_matrix else plain).append(name)
+    both = ((decayed, settings.weight_decay), (plain, 0.0))
+    return [
+        ParameterGroup(names=tuple(some), weight_decay=decay, **values)
+        for some, decay in both
+        if some
+    ]
+
+
+def build_optimiser(
+    model: nn.Module,
+    settings: OptimiserSettings,
+    groups: Sequence[ParameterGroup] | None = None,
+) -> Optimizer:
+    """AdamW over groups of a model's parameters.
+
+    Args:
+        groups: None is `first_groups`; without any, it waits for one that is built later.
 
     Raises:
         ColfolioError: the package that keeps the state in 8 bits is missing.
-        RecipeError: no parameter is trainable.
+        RecipeError: nothing trains in the model, and no groups were given.
     """
-    embeddings = {
-        id(module.weight): module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module.weight.requires_grad
-    }
-    decayed, plain = [], []
-    for _, parameter in sorted(model.named_parameters()):
-        if parameter.requires_grad:
-            is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
-            (decayed if is_matrix else plain).append(parameter)
-    if not decayed and not plain:
+    own = first_groups(model, settings) if groups is None else groups
+    if not own and groups is None:
         raise RecipeError(
             "no parameter of the model trains: all are frozen; leave at least the projection open"
         )
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+    named = dict(model.named_parameters())
+    options = [
+        {
+            "params": [named[name] for name in group.names],
+            "weight_decay": group.weight_decay,
+            "part": group.part,
+            "base_lr": group.base_lr,
+            "opened": group.opened,
+            "warmup": group.warmup,
+            "depth_factor": group.depth_factor,
+        }
+        for group in own
+    ] or [{"params": []}]
     if settings.state == "fp32":
-        return AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+        return AdamW(options, lr=settings.lr, betas=settings.betas, fused=True)
     package = _package(settings.state)
     if settings.state == "bitsandbytes_8bit":
-        _keep_in_32_bits(package, list(embeddings.values()))
-    return package.optim.AdamW8bit(groups, lr=settings.lr, betas=settings.betas)
+        _keep_in_32_bits(package, [weight for weight in _embeddings(model) if weight.requires_grad])
+    return package.optim.AdamW8bit(options, lr=settings.lr, betas=settings.betas)
 
 
 def build_scaler(precision: SettledPrecision, device: torch.device) -> GradScaler:
@@ -86,29 +158,34 @@ def build_scaler(precision: SettledPrecision, device: torch.device) -> GradScale
 
 
 def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
-    """The rate of a step counted from 0: linear warm-up, then a cosine down to the final share.
+    """The rate of what trains from the beginning, at a step counted from 0.
 
     >>> settings = OptimiserSettings(lr=1.0, warmup_steps=2)
     >>> [round(learning_rate(step, 4, settings), 3) for step in range(4)]
     [0.5, 1.0, 1.0, 0.5]
     """
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    share = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-    cosine = (1 + math.cos(math.pi * min(1.0, share))) / 2
-    return settings.lr * (settings.final_lr_share + (1 - settings.final_lr_share) * cosine)
+    rise = {"opened": 0, "warmup": settings.warmup_steps, "depth_factor": 1.0}
+    return _rate({"base_lr": settings.lr} | rise, step, steps, settings)
+
+
+def learning_rates(
+    optimiser: Optimizer, step: int, steps: int, settings: OptimiserSettings
+) -> list[float]:
+    """The rate of each group at a step counted from 0."""
+    return [_rate(group, step, steps, settings) for group in optimiser.param_groups]
 
 
 def optimiser_step(
     model: nn.Module,
     optimiser: Optimizer,
-    rate: float,
+    rates: float | Sequence[float],
     settings: OptimiserSettings,
     scaler: GradScaler | None = None,
 ) -> Tensor:
     """Clip, step, and clear the gradients; returns the gradient's norm before clipping.
 
     Args:
+        rates: of all groups, or of each.
         scaler: that scaled the gradients. If it finds one that is not finite, neither is the norm,
             and the step is skipped.
     """
@@ -117,7 +194,9 @@ def optimiser_step(
         scaler = GradScaler(enabled=False)  # an enabled one refuses a step without any gradient
     scaler.unscale_(optimiser)
     norm = whole(nn.utils.clip_grad_norm_(trainable, settings.clip_norm))
-    for group in optimiser.param_groups:
+    groups = optimiser.param_groups
+    each = rates if isinstance(rates, Sequence) else [rates] * len(groups)
+    for group, rate in zip(groups, each, strict=True):
         if isinstance(group["lr"], Tensor):  # torchao compiles its step with it
             group["lr"].fill_(rate)
         else:
@@ -143,6 +222,25 @@ def check_scale(scaler: GradScaler) -> None:
         )
 
 
+def _rate(group: dict[str, Any], step: int, steps: int, settings: OptimiserSettings) -> float:
+    rate = group["base_lr"] * group["depth_factor"] * _schedule(step, steps, settings)
+    risen = step - group["opened"]
+    return rate * (risen + 1) / group["warmup"] if risen < group["warmup"] else rate
+
+
+def _schedule(step: int, steps: int, settings: OptimiserSettings) -> float:
+    """The share of all rates: 1 as long as the run warms up, then a cosine to the final share."""
+    if step < settings.warmup_steps:
+        return 1.0
+    share = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    cosine = (1 + math.cos(math.pi * min(1.0, share))) / 2
+    return settings.final_lr_share + (1 - settings.final_lr_share) * cosine
+
+
+def _embeddings(model: nn.Module) -> list[Tensor]:
+    return [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+
+
 def _package(state: str) -> Any:
     """The package that keeps a state in 8 bits."""
     name = state.removesuffix("_8bit")
@@ -156,7 +254,7 @@ def _package(state: str) -> Any:
         ) from None
 
 
-def _keep_in_32_bits(bitsandbytes: Any, weights: list[Tensor]) -> None:
+def _keep_in_32_bits(bitsandbytes: Any, weights: Sequence[Tensor]) -> None:
     """Embeddings, as the package advises: few of their rows have a gradient in a step."""
     manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
     for weight in weights:

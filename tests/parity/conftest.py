@@ -1,10 +1,17 @@
-"""The plain path: `transformers` alone, one sequence at a time, unpacked and unpatched."""
+"""The plain path (`transformers` alone, one sequence at a time, unpacked and unpatched), and what
+tests against other libraries share."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from transformers import ProcessorMixin
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+from transformers.utils import PushToHubMixin
+
+DIMS = {"qwen2_vl": 128, "qwen2_5_vl": 128, "qwen3_vl": 320}  # fixed in colpali-engine
 
 
 class PlainModel:
@@ -65,3 +72,31 @@ def plain_model():
 @pytest.fixture(scope="session")
 def own_gradients():
     return lambda retriever: gradients_of(retriever.backbone, retriever.projection)
+
+
+class NoVideo(PushToHubMixin):
+    """Stands for a video processor, none of which can be made without torchvision."""
+
+    model_input_names = ()
+    _auto_class = None
+
+    def to_dict(self):
+        return {}
+
+
+@pytest.fixture
+def without_torchvision(monkeypatch):
+    """Lets processors of Qwen-VL be made of a tokenizer and an image processor alone."""
+    monkeypatch.setattr(AutoVideoProcessor, "from_pretrained", lambda *_, **__: NoVideo())
+    monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
+
+
+@pytest.fixture
+def make_wide(make_family_retriever):
+    """The tiny retriever of a family with as many dimensions as colpali-engine has."""
+    return lambda family, **values: make_family_retriever(family, dim=DIMS[family], **values).eval()
+
+
+@pytest.fixture
+def images(pages):
+    return [Image.fromarray(page) for page in pages]

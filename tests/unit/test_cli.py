@@ -21,7 +21,7 @@ COMMANDS = {
         "--precision",
     },
     "export": {
-        *("model", "--to", "--out", "--adapter", "--merge"),
+        *("model", "--to", "--out", "--adapter", "--merge", "--base"),
         *("--push", "--private", "--revision"),
     },
     "index": {
@@ -38,8 +38,9 @@ COMMANDS = {
     },
     "init": {
         *("base", "--out", "--dim", "--seed", "--dataset", "--revision"),
-        *("--vision", "--scheme"),
+        *("--vision", "--vision-revision", "--scheme"),
     },
+    "parts": {"model", "recipe", "overrides"},
     "plan": {"recipe", "overrides", "--gpu", "--ranks"},
     "positions": {"model", "--image", "--video", "--revision", "--scheme"},
     "prepare": {"documents", "overrides", "--out", "--view", "--split"},
@@ -135,7 +136,11 @@ def test_a_users_mistake_exits_with_1_and_its_message_alone(failing):
 
 
 @pytest.mark.parametrize(
-    "number", ["ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EROFS", "EEXIST", "ENOTDIR", "EISDIR"]
+    "number",
+    [
+        *("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EACCES", "EPERM", "EROFS", "EEXIST", "ENOTDIR"),
+        *("EISDIR", "ENOENT", "ENAMETOOLONG", "ELOOP"),
+    ],
 )
 def test_a_file_system_that_refuses_exits_with_1_and_names_the_file(failing, number):
     code, _, errors = failing(OSError(getattr(errno, number), "the reason", "/there/file"))

@@ -1,7 +1,14 @@
 import pytest
 from pydantic import Field, model_validator
 
-from colfolio.config import Settings, load_settings, to_yaml, validated
+from colfolio.config import (
+    Settings,
+    line_of,
+    load_settings,
+    naming_lines,
+    to_yaml,
+    validated,
+)
 from colfolio.errors import ColfolioError, RecipeError
 
 
@@ -114,6 +121,72 @@ def test_a_fault_says_what_was_received_and_nothing_of_its_library(write):
         load_settings(write("name: a\ninner: {lr: -1}"), Recipe)
     with pytest.raises(RecipeError, match=r"recipe\.yaml: recipe: least 3 is more than most 2$"):
         load_settings(write("least: 3\nmost: 2"), Bounds)
+
+
+RECIPE = """# a comment
+name: a
+
+inner: {betas: [0.5, 0.6],
+  lr: 1}
+weights:
+  words: 1
+stages:
+- open: [norm]
+  step: 3
+-
+  open: [layers]
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("name", 2),
+        ("inner", 4),
+        ("inner.betas", 4),
+        ("inner.lr", 5),
+        ("weights.words", 7),
+        ("weights.words.more", 7),
+        ("weights.other", 6),
+        ("stages", 8),
+        ("stages.0", 9),
+        ("stages.0.step", 10),
+        ("stages.1.open.0", 12),
+        ("stages.7", 8),
+        ("none", None),
+    ],
+)
+def test_the_line_of_a_key_is_that_of_the_deepest_that_is_there(key, line):
+    assert line_of(RECIPE, key) == line
+
+
+def test_a_fault_is_told_with_its_line(write):
+    path = write("name: a\nsteps: 2\ninner:\n  lr: -1\nmore: 3")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:4: inner\.lr: .*\.yaml:5: unknown key"):
+        load_settings(path, Recipe)
+
+
+def test_a_fault_of_an_override_is_in_no_line(write):
+    path = write("name: a\ninner:\n  lr: 1")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: inner\.lr: "):
+        load_settings(path, Recipe, ["inner.lr=-1"])
+
+
+def test_an_error_about_a_key_gets_the_line_of_the_recipe(write):
+    path = write("name: a\ninner:\n  lr: 1\n")
+    with (
+        pytest.raises(RecipeError, match=r"recipe\.yaml:3: inner\.lr: is wrong$") as caught,
+        naming_lines(path, "inner"),
+    ):
+        raise RecipeError("is wrong", "lr")
+    assert "inner.lr" in str(caught.value)
+    with (
+        pytest.raises(RecipeError, match=r"recipe\.yaml: inner\.lr: is wrong$"),
+        naming_lines(path, "inner", ["inner.lr=3"]),
+    ):
+        raise RecipeError("is wrong", "lr")
+    with pytest.raises(RecipeError, match=r"^is wrong$"), naming_lines(path, "inner"):
+        raise RecipeError("is wrong")
 
 
 def test_a_missing_key_is_named(write):

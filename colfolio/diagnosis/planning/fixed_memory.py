@@ -5,9 +5,10 @@ Letters: Q query vectors of a rank, D document vectors of all ranks.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from colfolio.diagnosis.planning.numerics import WIDE, Numerics
 from colfolio.diagnosis.planning.row_sizes import BatchSize
@@ -65,11 +66,17 @@ def fixed_parts(
     return parts
 
 
-def state_bytes(retriever: Retriever, settings: TrainSettings, shares: int = 1) -> int:
-    """What the optimiser keeps for all weights that train.
+def state_bytes(
+    retriever: Retriever,
+    settings: TrainSettings,
+    shares: int = 1,
+    weights: Iterable[Tensor] | None = None,
+) -> int:
+    """What the optimiser keeps for the weights that train.
 
     Args:
         shares: ranks over which each weight is spread.
+        weights: those that are counted; None counts all of the retriever.
     """
     kind = settings.optimiser.state
     in_32_bits: set[int] = set()
@@ -79,7 +86,7 @@ def state_bytes(retriever: Retriever, settings: TrainSettings, shares: int = 1) 
         }
     return sum(
         _state(-(-weight.numel() // shares), kind, is_wide=id(weight) in in_32_bits)
-        for weight in retriever.parameters()
+        for weight in (retriever.parameters() if weights is None else weights)
         if weight.requires_grad
     )
 

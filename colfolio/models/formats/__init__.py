@@ -6,6 +6,7 @@ from colfolio.models.formats.writing import (
     TARGETS,
     write,
     write_beside_adapter,
+    write_checkpoint,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "read_backbone",
     "write",
     "write_beside_adapter",
+    "write_checkpoint",
 ]

@@ -19,6 +19,7 @@ from colfolio.models.formats.reading import Found
 from colfolio.models.formats.usage import PAGE
 
 CARD_FILE = "README.md"
+_TRAINED = "Trained with Colfolio, by the recipe below."
 _PAGES = """\
 folder = "."  # this folder, or the id of this repository
 queries = ["what does the page say?"]
@@ -85,42 +86,74 @@ print(model.similarity(vectors, documents))
 """
 
 
-def model_card(found: Found, target: str, notes: tuple[str, ...]) -> str:
+def model_card(found: Found, target: str, notes: tuple[str, ...], story: str) -> str:
     """The card of a model that is written for a library.
 
     Args:
         notes: what a user of that library has to know.
+        story: how its weights came about, a sentence.
     """
-    contract = found.contract
+    contract, is_own = found.contract, target == "colfolio"
+    kind = f"A {found.config.model_type} with a projection to {contract.dim} dimensions."
+    whole = "`colfolio.json` beside them is the whole contract of how queries and pages enter it."
+    program = "" if is_own else _section(f"With {target}", _fenced(_code(found, target), "python"))
     sections = [
         f"---\n{yaml.safe_dump(_front(found, target), sort_keys=False, allow_unicode=True)}---",
         "# A late-interaction retriever for page images",
-        f"Trained with Colfolio, a {found.config.model_type} with a projection to {contract.dim} "
-        f"dimensions. These are its files for {target}; `colfolio.json` beside them is the whole "
-        "contract of how queries and pages enter it.",
+        f"{kind} {story} The files here are for {target}; {whole}",
         _section("Read this first", _bullets(notes)),
-        _section(f"With {target}", _fenced(_code(found, target), "python")),
+        program,
         _section("With Colfolio", _fenced(_COLFOLIO, "python")),
         _section("How queries and pages enter", _usage(contract)),
         _section("Where it comes from", _origin(contract)),
         _section("What it reached", _table(contract.metrics, "metric", "value")),
         _section("Data", _table(contract.data, "split", "fingerprint")),
-        _section("Recipe", _fenced(_yaml(contract.recipe), "yaml") if contract.recipe else ""),
+        _section("Recipe", _recipe(contract)),
         _section("Assumed", _bullets(contract.assumed)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def story_of(contract: Contract, weights_hash: str) -> str:
+    """How weights came about, as far as the contract tells.
+
+    Args:
+        weights_hash: of the weights as they are.
+    """
+    if contract.recipe is not None:
+        return _TRAINED
+    if weights_hash != contract.base_hash:
+        return "Its weights are not those of its base, and no recipe says how they were trained."
+    if contract.projection_hash:
+        return (
+            "A base to train from: its projection is as it was drawn at random, so it finds "
+            "nothing yet."
+        )
+    return "Its weights are those of another library's checkpoint; Colfolio did not train them."
+
+
+def adapter_story(contract: Contract) -> str:
+    """How the weights of an adapter came about."""
+    trained = f" {_TRAINED}" if contract.recipe is not None else ""
+    return f"Of it, low-rank adapters alone are here, to be put into the base.{trained}"
+
+
 def _front(found: Found, target: str) -> dict[str, Any]:
-    source = found.contract.source
+    bases = _bases_on_hub(found.contract)
     front: dict[str, Any] = {
         "library_name": target,
         "pipeline_tag": "visual-document-retrieval",
         "tags": ["colfolio", "late-interaction", "multi-vector", found.config.model_type],
     }
-    if source is not None and source.revision is not None:  # the hub knows ids alone
-        front["base_model"] = source.name
+    if bases:
+        front["base_model"] = bases[0] if len(bases) == 1 else bases
     return front
+
+
+def _bases_on_hub(contract: Contract) -> list[str]:
+    """Ids of what the weights came of; a graft came of two. The name of a folder has no slash."""
+    names = [] if contract.source is None else contract.source.name.split(" + ")
+    return [name for name in names if "/" in name]
 
 
 def _code(found: Found, target: str) -> str:
@@ -171,7 +204,13 @@ def _section(title: str, body: str) -> str:
 
 
 def _bullets(sentences: tuple[str, ...]) -> str:
-    return "\n".join(f"- {sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
+    return "\n".join(f"- {_begun(sentence)}." for sentence in sentences)
+
+
+def _begun(sentence: str) -> str:
+    """With a capital letter, unless it begins with a name of code or of a file."""
+    first = sentence.split(maxsplit=1)[0]
+    return sentence[0].upper() + sentence[1:] if first.isalpha() else sentence
 
 
 def _fenced(text: str, language: str) -> str:
@@ -187,5 +226,8 @@ def _table(rows: Mapping[str, Any], left: str, right: str) -> str:
     return "\n".join([f"| {left} | {right} |", "|---|---|", *lines])
 
 
-def _yaml(values: Any) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+def _recipe(contract: Contract) -> str:
+    if contract.recipe is None:
+        return ""
+    recipe = contract.model_dump(mode="json")["recipe"]
+    return _fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "yaml")

@@ -13,7 +13,13 @@ from transformers import PretrainedConfig
 
 from colfolio.data.prompts import Templates
 from colfolio.errors import CheckpointError
-from colfolio.models.contract import CONTRACT_FILE, PROJECTION, Contract, load_contract
+from colfolio.models.contract import (
+    CONTRACT_FILE,
+    PROJECTION,
+    Contract,
+    hash_weights,
+    load_contract,
+)
 from colfolio.models.families import FAMILIES, position_scheme_of
 from colfolio.models.files import (
     CONFIG_FILE,
@@ -31,9 +37,11 @@ from colfolio.models.formats.sentence_transformers import (
     Modules,
     read_dense,
     read_modules,
+    refuse_unsaid,
     sentence_usage,
 )
 from colfolio.models.formats.usage import Usage, engine_usage, retrieval_usage
+from colfolio.models.formats.whole_texts import refuse_added_tokens
 from colfolio.models.weights import read_weights
 
 ADAPTER_FILE = "adapter_config.json"
@@ -114,6 +122,8 @@ def read(folder: Path, templates: Templates | None = None) -> Found:
     place = modules.backbone if modules else folder
     config = _config(place)
     tokenizer = load_tokenizer(place)
+    if modules is not None:
+        refuse_unsaid(folder, modules, tokenizer)
     own = load_contract(folder) if _has_contract(folder, format) else None
     if own is not None and templates not in (None, own.templates):
         raise CheckpointError(
@@ -186,6 +196,7 @@ def _assumed_contract(
             f"{folder}: holds no projection to vectors ({PROJECTION}weight), so this is a backbone "
             "or a damaged retriever; make a base to train from with `colfolio init`"
         )
+    refuse_added_tokens(tokenizer, str(folder))
     usage = _usage(folder, format, modules, config, tokenizer)
     assumed = (*(() if templates else usage.of_queries), *usage.assumed)
     for sentence in assumed:
@@ -195,7 +206,7 @@ def _assumed_contract(
         templates=templates or usage.templates,
         pixel_budget=usage.pixel_budget,
         position_scheme=position_scheme_of(config, str(folder)),
-        base_hash="",
+        base_hash=hash_weights(weights),
         assumed=assumed,
     )
 

@@ -26,6 +26,7 @@ from colfolio.models.files import read_json, read_json_list, write_json
 from colfolio.models.formats.chat import CHAT_FILE, rendered, templates_of
 from colfolio.models.formats.images import pixel_budget_of
 from colfolio.models.formats.usage import TOKENIZER_CONFIG, Usage, retrieval_usage, token_named
+from colfolio.models.formats.whole_texts import limits_of
 from colfolio.models.weights import WEIGHTS_FILE, read_weights, write_weights
 
 MODULES_FILE = "modules.json"
@@ -38,8 +39,20 @@ _HEADS = (("MultiVectorMask", "Normalize"), ("Normalize", "MultiVectorMask"), ("
 _RETRIEVAL = ("Transformer", "MultiVectorMask")
 _OUTPUT = {"method": "forward", "method_output_name": "last_hidden_state"}
 # Settings of the first module that change what a model reads, and that a contract has no word for.
-_REFUSED = ("query_length", "document_length", "query_expansion", "do_lower_case")
+_REFUSED = (
+    *("query_length", "document_length", "query_expansion", "do_lower_case"),
+    *("tokenizer_name_or_path", "tokenizer_args", "processor_kwargs"),
+    *("config_args", "config_kwargs"),
+)
 _PROCESSING = ("image", "chat_template")
+_CUTTING = ("truncation", "max_length")  # a chat template is called with them
+# Of PyLate's older folders: any of them has queries filled up to a fixed length.
+_OLDER = (
+    *("query_prefix", "document_prefix", "query_length", "document_length", "query_expansion"),
+    *("do_query_expansion", "attend_to_expansion_tokens", "attend_to_mask_tokens"),
+    "skiplist_words",
+)
+_SCORES = (None, "maxsim")
 # What we write: folders, classes, and settings of all but the first.
 _WRITTEN = {
     "": "base.modules.transformer.Transformer",
@@ -114,9 +127,7 @@ def read_modules(folder: Path) -> Modules:
         raise CheckpointError(
             f"{folder / TRANSFORMER_FILE}: transformer_task {task!r}, not {expected!r}"
         )
-    modules = Modules(folders, kinds == _RETRIEVAL, settings, _prompts(folder))
-    _refuse_unsaid(modules)
-    return modules
+    return Modules(folders, kinds == _RETRIEVAL, settings, _prompts(folder))
 
 
 def read_dense(modules: Modules) -> dict[str, Tensor]:
@@ -144,6 +155,45 @@ def read_dense(modules: Modules) -> dict[str, Tensor]:
         PROJECTION + "weight": weight,
         PROJECTION + "bias": torch.zeros(len(weight), dtype=weight.dtype) if bias is None else bias,
     }
+
+
+def refuse_unsaid(folder: Path, modules: Modules, tokenizer: Tokenizer) -> None:
+    """Refuse what changes vectors or scores, or leaves some out, and a contract has no word for.
+
+    Raises:
+        CheckpointError: names all of it.
+    """
+    wrong = [
+        f"{name} {modules.settings[name]!r}" for name in _REFUSED if modules.settings.get(name)
+    ]
+    processing = modules.settings.get("processing_kwargs") or {}
+    wrong += [f"processing_kwargs {name!r}" for name in processing if name not in _PROCESSING]
+    called = processing.get("chat_template") or {}
+    wrong += [f"chat_template {name} {called[name]!r}" for name in _CUTTING if called.get(name)]
+    wrong += limits_of(modules.backbone, modules.settings, tokenizer)
+    if "MultiVectorMask" in modules.folders:
+        values = read_json(modules.folders["MultiVectorMask"] / _MODULE_CONFIG)
+        wrong += [
+            f"{name} {values[name]!r}"
+            for name in ("skiplist_words", "keep_only_token_ids")
+            if values.get(name)
+        ]
+    wrong += _unsaid_of_model(folder)
+    if wrong:
+        raise CheckpointError(
+            f"{modules.backbone}: every token of a query and a page gives a vector here, texts are "
+            f"read wholly, and scores are sums over a query's vectors; it asks otherwise: "
+            f"{', '.join(wrong)}"
+        )
+
+
+def _unsaid_of_model(folder: Path) -> list[str]:
+    """What the settings of the whole model ask, beside prompts."""
+    path = folder / SENTENCE_FILE
+    said = read_json(path) if path.is_file() else {}
+    wrong = [f"{name} {said[name]!r}" for name in _OLDER if name in said]
+    score = said.get("similarity_fn_name")
+    return wrong if score in _SCORES else [*wrong, f"similarity_fn_name {score!r}"]
 
 
 def sentence_usage(
@@ -252,24 +302,3 @@ def _template(place: Path) -> tuple[str, str]:
         if isinstance(template, str):
             return template, str(path)
     raise CheckpointError(f"{place}: no {CHAT_FILE}, so what stands around a page is unknown")
-
-
-def _refuse_unsaid(modules: Modules) -> None:
-    """Refuse what changes vectors or leaves some out, and what a contract has no word for."""
-    wrong = [
-        f"{name} {modules.settings[name]!r}" for name in _REFUSED if modules.settings.get(name)
-    ]
-    processing = modules.settings.get("processing_kwargs") or {}
-    wrong += [f"processing_kwargs {name!r}" for name in processing if name not in _PROCESSING]
-    if "MultiVectorMask" in modules.folders:
-        values = read_json(modules.folders["MultiVectorMask"] / _MODULE_CONFIG)
-        wrong += [
-            f"{name} {values[name]!r}"
-            for name in ("skiplist_words", "keep_only_token_ids")
-            if values.get(name)
-        ]
-    if wrong:
-        raise CheckpointError(
-            f"{modules.backbone}: every token of a query and a page gives a vector here, and texts "
-            f"are read wholly; it asks otherwise: {', '.join(wrong)}"
-        )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from colfolio.models.contract import PROJECTION, projection_of, save_contract
+from colfolio.models.contract import PROJECTION, load_contract, projection_of, save_contract
 from colfolio.models.families import family_of
 from colfolio.models.files import (
     CONFIG_FILE,
@@ -16,7 +16,7 @@ from colfolio.models.files import (
     whole_folder,
     write_json,
 )
-from colfolio.models.formats.card import CARD_FILE, model_card
+from colfolio.models.formats.card import CARD_FILE, adapter_story, model_card, story_of
 from colfolio.models.formats.chat import CHAT_FILE, chat_template
 from colfolio.models.formats.classes import (
     RETRIEVAL_PROCESSOR,
@@ -32,6 +32,7 @@ from colfolio.models.formats.notes import notes_of, retrieval_prefix
 from colfolio.models.formats.reading import ADAPTER_FILE, Found
 from colfolio.models.formats.sentence_transformers import write_modules
 from colfolio.models.formats.usage import TOKENIZER_CONFIG
+from colfolio.models.formats.whole_texts import check_strings, plain_tokenizer
 from colfolio.models.weights import WEIGHTS_FILE, write_weights
 
 TARGETS = ("colfolio", "colpali-engine", "transformers", "sentence-transformers")
@@ -39,7 +40,7 @@ ADAPTER_TARGETS = ("colfolio", "colpali-engine")
 
 
 def write(found: Found, folder: Path, target: str) -> tuple[str, ...]:
-    """Write a checkpoint for a library; aside first, then renamed.
+    """Write a checkpoint and its model card for a library; aside first, then renamed.
 
     Args:
         found: of any format; which one is not looked at.
@@ -49,8 +50,8 @@ def write(found: Found, folder: Path, target: str) -> tuple[str, ...]:
         Sentences on what a user of that library has to know; the model card has them too.
 
     Raises:
-        CheckpointError: the library has no class for this model, the folder is not free, or the
-            weights cannot be written.
+        CheckpointError: the library has no class for this model or cannot write its queries, the
+            folder is not free, or the weights cannot be written.
     """
     files = {
         "colfolio": _write_own,
@@ -58,19 +59,30 @@ def write(found: Found, folder: Path, target: str) -> tuple[str, ...]:
         "transformers": _write_retrieval,
         "sentence-transformers": _write_sentence,
     }
+    if target != "colfolio":
+        check_strings(found.contract, found.tokenizer, target)
     notes = notes_of(found, target)
     with whole_folder(folder, (CONFIG_FILE, ADAPTER_FILE)) as aside:
         files[target](found, aside)
-        save_tokenizer(found.tokenizer, aside)
         save_contract(found.contract, aside, found.weights)
-        if target != "colfolio":
-            card = model_card(found, target, notes)
-            (aside / CARD_FILE).write_text(card, encoding="utf-8")
+        story = story_of(found.contract, load_contract(aside).weights_hash)
+        _write_card(found, aside, target, notes, story)
     return notes
 
 
+def write_checkpoint(found: Found, folder: Path) -> None:
+    """Write a checkpoint of Colfolio without a card; aside first, then renamed.
+
+    Raises:
+        CheckpointError: as `write`.
+    """
+    with whole_folder(folder, (CONFIG_FILE, ADAPTER_FILE)) as aside:
+        _write_own(found, aside)
+        save_contract(found.contract, aside, found.weights)
+
+
 def write_beside_adapter(found: Found, folder: Path, target: str, base: str) -> tuple[str, ...]:
-    """Write what a library reads beside an adapter: its processor, its tokenizer, a model card.
+    """Write what is read beside an adapter: a model card; of a library its processor and tokenizer.
 
     Args:
         found: with the weights of the base.
@@ -81,15 +93,14 @@ def write_beside_adapter(found: Found, folder: Path, target: str, base: str) -> 
         Sentences on what a user of that library has to know.
 
     Raises:
-        CheckpointError: the library has no class for this model.
+        CheckpointError: the library has no class for this model, or cannot write its queries.
     """
-    if target == "colfolio":
-        return ()
-    classes = check_engine(found.config.model_type, found.contract.dim)
-    _write_processor(found, folder, classes.engine_processor)
-    save_tokenizer(found.tokenizer, folder)
     notes = (f"these files hold an adapter alone; its base is {base}", *notes_of(found, target))
-    (folder / CARD_FILE).write_text(model_card(found, target, notes), encoding="utf-8")
+    if target != "colfolio":
+        check_strings(found.contract, found.tokenizer, target)
+        classes = check_engine(found.config.model_type, found.contract.dim)
+        _write_processor(found, folder, classes.engine_processor)
+    _write_card(found, folder, target, notes, adapter_story(found.contract))
     return notes
 
 
@@ -97,6 +108,7 @@ def _write_own(found: Found, folder: Path) -> None:
     write_weights(_plain(found.weights), folder / WEIGHTS_FILE)
     values = _config(found, engine_name(found.config.model_type))
     write_json(values | {CONTRACT_MARK: True}, folder / CONFIG_FILE)
+    save_tokenizer(found.tokenizer, folder)
 
 
 def _write_engine(found: Found, folder: Path) -> None:
@@ -165,6 +177,7 @@ def _write_processor(
     found: Found, folder: Path, processor: str, strings: dict[str, str] | None = None
 ) -> None:
     """What `AutoProcessor` reads; the tokenizer is taken as its file describes it."""
+    save_tokenizer(plain_tokenizer(found.tokenizer), folder)
     budget, kind = found.contract.pixel_budget, found.config.model_type
     write_processor_files(budget, kind, folder, processor, **(strings or {}))
     values = {
@@ -175,3 +188,10 @@ def _write_processor(
         "clean_up_tokenization_spaces": False,
     }
     write_json(values, folder / TOKENIZER_CONFIG)
+
+
+def _write_card(
+    found: Found, folder: Path, target: str, notes: tuple[str, ...], story: str
+) -> None:
+    card = model_card(found, target, notes, story)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")

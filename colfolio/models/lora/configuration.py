@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,6 +28,8 @@ _SAYS_NOTHING = {
 }
 # With these alone the base stays what it was when the adapter was begun.
 _HONEST_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+_PATTERN_ERRORS = (re.error, OverflowError, RecursionError)  # of a pattern that is none
 
 Names = str | list[str]
 
@@ -74,6 +78,15 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         return validated(known, AdapterConfig, str(path))
     except RecipeError as error:
         raise CheckpointError(str(error)) from None
+
+
+def plan_hash(config: AdapterConfig) -> str:
+    """SHA-256 of what a configuration asks for; where the base lies is no part of it."""
+    # fields that a later version adds are at their default in an older file
+    asked = config.model_dump(
+        mode="json", exclude_defaults=True, exclude={"base_model_name_or_path", "revision"}
+    )
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def plan_asked(config: AdapterConfig, root: nn.Module, layout: Layout, origin: str) -> LoraPlan:
@@ -145,7 +158,7 @@ def _targets(config: AdapterConfig, root: nn.Module, layout: Layout, origin: str
         named = {name: layout.theirs(f"{name}.")[:-1] for name in _names_of_weights(root)}
         is_target = peft.tuners.tuners_utils.check_target_module_exists
         return {ours: theirs for ours, theirs in named.items() if is_target(asked, theirs)}
-    except (ValueError, re.error) as error:
+    except (ValueError, *_PATTERN_ERRORS) as error:
         raise CheckpointError(f"{origin}: its target_modules cannot be used: {error}") from None
 
 
@@ -166,10 +179,17 @@ def _each(
     values: dict[str, Any] = {}
     used: set[str] = set()
     for ours, name in chosen.items():
-        fits = [pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)]
+        fits = [pattern for pattern in patterns if _fits(pattern, name, origin)]
         used.update(fits)
         values[ours] = patterns[fits[0]] if fits else default
     unused = sorted(set(patterns) - used)
     if unused:
         raise CheckpointError(f"{origin}: {listed(unused)} fits no adapted layer")
     return values
+
+
+def _fits(pattern: str, name: str, origin: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except _PATTERN_ERRORS as error:
+        raise CheckpointError(f"{origin}: {pattern!r} is no pattern: {error}") from None

@@ -22,13 +22,21 @@ from colfolio.models.formats.reading import ADAPTER_FILE
 from colfolio.models.lora.configuration import (
     AdapterConfig,
     plan_asked,
+    plan_hash,
     read_adapter_config,
     target_pattern,
 )
 from colfolio.models.lora.placing import LoraPlan, adapter_weights, lora_config, plan_in, shapes_of
-from colfolio.models.weights import listed, read_tensors, write_weights
+from colfolio.models.weights import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    listed,
+    read_tensors,
+    write_weights,
+)
 
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLED_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."  # peft's, around the model that it adapts
 _LAYOUTS = (*LAYOUTS["colpali-engine"], *LAYOUTS["transformers"])
 
@@ -74,8 +82,16 @@ class Adapter:
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Whether a folder holds an adapter, and no model beside it."""
-    return (folder / ADAPTER_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
+    """Whether a folder holds an adapter, and no model beside it.
+
+    That is decided by whose weights are there, because other libraries leave a `config.json` of the
+    base beside an adapter; without weights, or with those of both, by that file.
+    """
+    if not (folder / ADAPTER_FILE).is_file():
+        return False
+    has_own = any((folder / name).is_file() for name in (ADAPTER_WEIGHTS_FILE, _PICKLED_FILE))
+    has_model = any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
+    return has_own if has_own != has_model else not (folder / CONFIG_FILE).is_file()
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -87,9 +103,9 @@ def read_adapter(folder: Path) -> Adapter:
     """
     config = read_adapter_config(folder)
     path = folder / ADAPTER_WEIGHTS_FILE
-    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+    if not path.is_file() and (folder / _PICKLED_FILE).is_file():
         raise CheckpointError(
-            f"{folder}: no {ADAPTER_WEIGHTS_FILE}; adapter_model.bin is pickled, and reading that "
+            f"{folder}: no {ADAPTER_WEIGHTS_FILE}; {_PICKLED_FILE} is pickled, and reading that "
             "may run any code; ask its author for safetensors, or convert it where you trust it"
         )
     stored = read_tensors(path)
@@ -102,19 +118,29 @@ def read_adapter(folder: Path) -> Adapter:
     weights = {str(layout.ours(name)): tensor for name, tensor in named.items()}
     contract = None
     if (folder / CONTRACT_FILE).is_file():
-        contract = check_saved(load_contract(folder), weights, str(folder))
+        contract = load_contract(folder)
+        _check_plan(contract.plan_hash, config, folder)
+        contract = check_saved(contract, weights, str(folder))
     return Adapter(folder, config, weights, layout, contract)
 
 
 def write_adapter(
-    root: nn.Module, contract: Contract, folder: Path, base: str, revision: str | None
+    root: nn.Module,
+    contract: Contract,
+    folder: Path,
+    base: str,
+    revision: str | None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter in a model; aside first, then renamed.
+
+    Args:
+        weights: of the adapter, if those in the model are spread over ranks.
 
     Raises:
         CheckpointError: the folder holds something else than an adapter, or cannot be written.
     """
-    weights = _plain(adapter_weights(root))
+    weights = _plain(adapter_weights(root) if weights is None else weights)
     plan = plan_in(root)
     projection = ENGINE.theirs("custom_text_proj.").removesuffix(".")
     config = lora_config(
@@ -129,7 +155,15 @@ def write_adapter(
         config.save_pretrained(aside)
         named = {_PREFIX + ENGINE.theirs(name): tensor for name, tensor in weights.items()}
         write_weights(named, aside / ADAPTER_WEIGHTS_FILE)
-        save_contract(contract, aside, weights)
+        save_contract(contract, aside, weights, plan_hash(read_adapter_config(aside)))
+
+
+def _check_plan(promised: str, config: AdapterConfig, folder: Path) -> None:
+    if promised and plan_hash(config) != promised:
+        raise CheckpointError(
+            f"{folder / ADAPTER_FILE}: was changed after it was saved: it asks for other layers, "
+            f"ranks or scales than {CONTRACT_FILE} says by plan_hash; take the file as it was"
+        )
 
 
 def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

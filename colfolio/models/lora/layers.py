@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -70,6 +70,23 @@ def fold_all(root: nn.Module) -> None:
             plain.bias.copy_(module.bias)
         plain.weight.copy_(weight)
         _put(root, name, plain)
+
+
+@torch.no_grad()
+def fold_some(root: nn.Module, names: Collection[str]) -> None:
+    """Leave some adapted layers alone with the adapters in their weights, which stay parameters.
+
+    Where no adapter is left, the trained projection becomes a plain layer of the same parameters.
+    """
+    for name, module in _adapted(root):
+        if name in names:
+            plain = _plain(module)
+            plain.weight.copy_(merged_weight(module))
+            _put(root, name, plain)
+    rest = _adapted(root)
+    for name, module in rest:
+        if not any(is_lora_layer(each) for _, each in rest):
+            _put(root, name, _linear(module.weight, module.bias))
 
 
 def merge_all(root: nn.Module) -> None:
@@ -147,6 +164,9 @@ def _put(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """Of these tensors; those that are parameters stay the same objects."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        is_parameter = isinstance(tensor, nn.Parameter)
+        setattr(linear, name, tensor if is_parameter else nn.Parameter(tensor))
     return linear

@@ -49,25 +49,30 @@ def load_adapted_parts(
             "is used as it was trained, so give none"
         )
     given = templates if adapter.contract is None else None
-    backbone, projection, tokenizer, own = load_parts(_base_of(adapter, base), given)
+    backbone, projection, tokenizer, own = load_parts(base_of(adapter, base), given)
     projection, contract = put_in(adapter, backbone, projection, own)
     return backbone, projection, tokenizer, contract
 
 
 def put_in(
-    adapter: Adapter, backbone: Any, projection: nn.Module, own: Contract
+    adapter: Adapter,
+    backbone: Any,
+    projection: nn.Module,
+    own: Contract,
+    weights_hash: str | None = None,
 ) -> tuple[nn.Module, Contract]:
     """Put an adapter into a base; returns the projection and the contract that then hold.
 
     Args:
         own: contract of the base.
+        weights_hash: of the base's weights as they were read; None takes that of these.
 
     Raises:
         CheckpointError: the adapter was trained on other weights, or does not fit these.
     """
     root = named_modules(backbone, projection)
     plan = adapter.plan(root)
-    found = hash_weights(base_weights(root.state_dict()))
+    found = weights_hash or hash_weights(base_weights(root.state_dict()))
     contract = adapter.contract
     if contract is None:
         told = (
@@ -87,10 +92,23 @@ def put_in(
     return root.get_submodule(PROJECTION_NAME), contract
 
 
-def _base_of(adapter: Adapter, given: str | Path | None) -> Location:
-    """Where an adapter's base is."""
+def base_of(
+    adapter: Adapter, given: str | Path | None = None, *, with_weights: bool = True
+) -> Location:
+    """Where an adapter's base is.
+
+    Args:
+        given: in place of the one that it names.
+        with_weights: as of `locate`.
+
+    Raises:
+        CheckpointError: it names none, or one that cannot be opened or is an adapter itself.
+    """
     name = given if given is not None else adapter.config.base_model_name_or_path
-    advice = "give it: Retriever.from_pretrained(adapter, base=...)"
+    advice = (
+        "name its place as base_model_name_or_path in adapter_config.json, or give it: "
+        "`colfolio export --base`, Retriever.from_pretrained(adapter, base=...)"
+    )
     if name is None:
         raise CheckpointError(f"{adapter.folder}: names no base; {advice}")
     beside = adapter.folder / name
@@ -100,7 +118,7 @@ def _base_of(adapter: Adapter, given: str | Path | None) -> Location:
     elif given is None:
         revision = adapter.config.revision
     try:
-        location = locate(name, revision)
+        location = locate(name, revision, with_weights=with_weights)
     except CheckpointError as error:
         raise CheckpointError(
             f"{adapter.folder}: its base cannot be opened: {error}; {advice}"

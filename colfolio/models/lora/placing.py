@@ -87,7 +87,8 @@ def plan_of(root: nn.Module, settings: LoraSettings) -> LoraPlan:
     """The layers that settings mean in a model.
 
     Raises:
-        ColfolioError: a name is of no linear layer, or no layer is adapted.
+        ColfolioError: a name is of no linear layer, no layer is adapted, or the projection cannot
+            be trained as they say.
     """
     linears = [name for name, module in root.named_modules() if isinstance(module, nn.Linear)]
     chosen: list[str] = []
@@ -100,6 +101,7 @@ def plan_of(root: nn.Module, settings: LoraSettings) -> LoraPlan:
                     f"lora: {tower} has no linear layer {ending!r}; it has {_endings(inside)}"
                 )
             chosen += found
+    _check_projection(root.get_submodule(PROJECTION_NAME), settings.projection)
     if settings.projection == "adapter":
         chosen.append(PROJECTION_NAME)
     if not chosen:
@@ -249,6 +251,20 @@ def import_peft() -> Any:
         raise ColfolioError(
             f"adapters need the package peft ({error}): pip install 'colfolio[lora]'"
         ) from None
+
+
+def _check_projection(projection: nn.Module, wish: str) -> None:
+    """Refuse to adapt a head that is the embedding, and to train one wholly that has no bias."""
+    if wish != "frozen" and not isinstance(projection, nn.Linear):
+        raise ColfolioError(
+            f"lora.projection is {wish!r}, but this model's head has no weights of its own: it "
+            "multiplies by the embedding; set it to 'frozen'"
+        )
+    if wish == "full" and getattr(projection, "bias", None) is None:
+        raise ColfolioError(
+            "lora.projection is 'full', which is for the projection of a retriever; set it to "
+            "'adapter' or 'frozen'"
+        )
 
 
 def _placed(tensor: Tensor, weight: Tensor) -> Tensor:

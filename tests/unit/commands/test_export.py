@@ -6,10 +6,12 @@ import torch
 
 from colfolio import cli
 from colfolio.commands import export
+from colfolio.errors import CheckpointError
 from colfolio.models import Retriever, formats
 from colfolio.models.adapters import LoraSettings, add_lora, save_adapter
 from colfolio.models.formats import AssumedWarning, detect
 from colfolio.models.formats.reading import ADAPTER_FILE
+from colfolio.models.hub import Location
 
 TARGETS = ["colfolio", "colpali-engine", "transformers", "sentence-transformers"]
 
@@ -45,6 +47,7 @@ def pushed(monkeypatch):
         return f"https://hub/{repo_id}"
 
     monkeypatch.setattr(export, "push", record)
+    monkeypatch.setattr(export, "check_push", lambda *_, **__: None)
     return calls
 
 
@@ -107,9 +110,8 @@ def test_an_adapter_is_exported_alone_and_finds_its_base(target, adapted, tmp_pa
     assert not list(out.glob("model*"))
     assert Retriever.from_pretrained(out).fingerprint() == retriever.fingerprint()
     base = json.loads((out / ADAPTER_FILE).read_text())["base_model_name_or_path"]
-    if target == "colpali-engine":
-        assert f"its base is {base}" in (out / "README.md").read_text()
-        assert (out / "preprocessor_config.json").is_file()
+    assert f"its base is {base}" in (out / "README.md").read_text()
+    assert (out / "preprocessor_config.json").is_file() == (target == "colpali-engine")
 
 
 def test_a_model_is_pushed_when_it_is_asked_for(wide, tmp_path, colfolio, pushed):
@@ -134,6 +136,8 @@ def test_nothing_is_pushed_unasked(wide, tmp_path, colfolio, pushed):
         (("--to", "transformers", "--adapter"), "give --merge"),
         (("--to", "colfolio", "--private"), "with --push"),
         (("--to", "colfolio", "--push", "name"), "owner/name"),
+        (("--to", "colfolio", "--push", "me/"), "not a hub id"),
+        (("--to", "colfolio", "--base", "other"), "which has no base"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(arguments, words, wide, tmp_path, refused):
@@ -147,11 +151,92 @@ def test_an_adapter_with_its_base_is_never_exported_by_a_guess(adapted, tmp_path
     assert "--merge" in errors
 
 
-def test_an_adapter_on_a_base_that_nobody_has_is_not_pushed(adapted, tmp_path, refused, pushed):
+@pytest.mark.parametrize("name", ["../base", "base", "{base}"])
+def test_an_adapter_on_a_base_that_nobody_has_is_not_pushed(
+    name, adapted, wide, tmp_path, refused, pushed, monkeypatch
+):
+    # beside the adapter, in the folder that one stands in, or anywhere on this machine
+    monkeypatch.chdir(tmp_path)
+    save_adapter(adapted[1], tmp_path / "adapter", name.format(base=wide))
     arguments = ("--to", "colfolio", "--out", tmp_path / "out", "--adapter", "--push", "a/b")
-    assert "nobody else has" in refused("export", adapted[0], *arguments)
+    assert "nobody else has" in refused("export", tmp_path / "adapter", *arguments)
     assert pushed == []
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_names_the_folder_that_was_opened(
+    adapted, wide, tmp_path, colfolio, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    save_adapter(adapted[1], tmp_path / "adapter", "base")  # from here, not from the adapter
+    arguments = ("--to", "colfolio", "--out", "out", "--adapter")
+    assert colfolio("export", "adapter", *arguments)[0] == 0
+    monkeypatch.chdir("/")
+    back = Retriever.from_pretrained(tmp_path / "out")
+    assert back.fingerprint() == adapted[1].fingerprint()
+
+
+def test_an_adapter_on_a_base_of_the_hub_is_pushed_with_its_commit(
+    adapted, wide, tmp_path, colfolio, pushed, monkeypatch
+):
+    commit = "0123456789" * 4
+
+    def base_of(adapter, given=None, *, with_weights=True):
+        return Location(wide, "owner/base", commit)
+
+    monkeypatch.setattr(export, "base_of", base_of)
+    out = tmp_path / "out"
+    arguments = ("--to", "colfolio", "--out", out, "--adapter", "--push", "a/b")
+    assert colfolio("export", adapted[0], *arguments)[0] == 0
+    assert pushed == [(out, "a/b", False)]
+    config = json.loads((out / ADAPTER_FILE).read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", commit)
+
+
+def test_a_base_that_moved_is_given(adapted, wide, tmp_path, colfolio, refused):
+    wide.rename(tmp_path / "moved")
+    arguments = ("--to", "colfolio", "--out", tmp_path / "out")
+    told = refused("export", adapted[0], *arguments, "--adapter")
+    assert "--base" in told
+    assert ADAPTER_FILE in told
+    given = ("--base", tmp_path / "moved")
+    assert colfolio("export", adapted[0], *arguments, "--adapter", *given)[0] == 0
+    assert Retriever.from_pretrained(tmp_path / "out").fingerprint() == adapted[1].fingerprint()
+    whole = ("--to", "colfolio", "--out", tmp_path / "whole", "--merge", *given)
+    assert colfolio("export", adapted[0], *whole)[0] == 0
+
+
+def test_a_base_is_renamed_in_the_file_that_the_message_names(adapted, wide, tmp_path):
+    wide.rename(tmp_path / "moved")
+    path = adapted[0] / ADAPTER_FILE
+    values = json.loads(path.read_text()) | {"base_model_name_or_path": "../moved"}
+    path.write_text(json.dumps(values))
+    assert Retriever.from_pretrained(adapted[0]).fingerprint() == adapted[1].fingerprint()
+
+
+def test_what_cannot_be_pushed_is_not_written(wide, tmp_path, refused, monkeypatch):
+    def refuse(repo_id, *, private):
+        raise CheckpointError(f"{repo_id}: hf auth login")
+
+    monkeypatch.setattr(export, "check_push", refuse)
+    monkeypatch.setattr(export, "write", None)
+    arguments = ("--to", "colfolio", "--out", tmp_path / "out", "--push", "me/model")
+    assert "hf auth login" in refused("export", wide, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_push_that_failed_leaves_the_export_and_says_how_to_push_it(
+    wide, tmp_path, refused, pushed, monkeypatch
+):
+    def fail(folder, repo_id, *, private=False):
+        raise CheckpointError(f"{repo_id}: was cut off")
+
+    monkeypatch.setattr(export, "push", fail)
+    out = tmp_path / "my model"
+    arguments = ("--to", "colfolio", "--out", out, "--push", "me/model", "--private")
+    told = " ".join(refused("export", wide, *arguments).split())
+    assert f"hf upload me/model '{out}' --private" in told
+    assert detect(out) == "colfolio"
 
 
 @pytest.mark.parametrize("place", ["the model itself", "another folder", "a file"])

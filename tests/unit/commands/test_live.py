@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from colfolio.commands.live import LiveTraining
-from colfolio.training import StepReport
+from colfolio.training import GenerationReport, PartReport, StepReport
 
 
 def report(step, **changed):
@@ -76,7 +76,7 @@ LONG = {"floor": 0.031, "margin": -0.52, "candidates": 127.0, "masked": 0.7, "se
 def test_80_columns_cut_no_number_and_no_heading(screen, is_terminal, changed):
     console = Console(file=screen, force_terminal=is_terminal, width=80, color_system=None)
     with LiveTraining(console, steps=1700, plain_every=1) as live:
-        live.evaluation(850, 0.812)
+        live.evaluation(850, {"ndcg@5": 0.812, "loss": 1.25, "chance": 4.174, "negatives": 64.0})
         live.step(report(1230, **changed))
     shown = re.sub(r"\x1b\[\??\d+[A-Za-z]", "", screen.getvalue())
     assert max(map(len, re.split(r"[\r\n]", shown))) <= 80
@@ -100,14 +100,15 @@ def test_a_very_narrow_terminal_still_shows_the_loss_whole(screen):
 def test_an_evaluation_is_printed_with_its_step(screen):
     with LiveTraining(Console(file=screen), steps=9) as live:
         live.step(report(4))
-        live.evaluation(4, 0.1234)
-    assert "step 4: validation ndcg@5 0.123" in screen.getvalue()
+        live.evaluation(4, {"ndcg@5": 0.1234, "loss": 2.0, "chance": 4.174, "negatives": 64.0})
+    line = "step 4: validation ndcg@5 0.123, loss 2.000 (chance 4.174)"
+    assert line in screen.getvalue().splitlines()
 
 
 def test_a_terminal_shows_loss_beside_chance_and_the_last_evaluation(screen):
     console = Console(file=screen, force_terminal=True, width=160, color_system=None)
     with LiveTraining(console, steps=10) as live:
-        live.evaluation(2, 0.5)
+        live.evaluation(2, {"ndcg@5": 0.5})
         for step in range(1, 6):
             live.step(report(step))
     shown = screen.getvalue()
@@ -139,3 +140,55 @@ def test_time_left_is_shown_in_hours_and_never_begins_anew(screen, steps, left):
     with LiveTraining(Console(file=screen, width=200), steps=steps, plain_every=1) as live:
         live.step(report(1, seconds=1.0))
     assert f", {left} left" in screen.getvalue()
+
+
+PARTS = {
+    "vision": PartReport(1e-5, 0.25, 1e-4, 665_600_000),
+    "projection": PartReport(5e-4, 1.5, 2e-3, 196_608),
+}
+
+
+def test_what_opens_is_printed_with_the_step_after_which_it_does(screen):
+    with LiveTraining(Console(file=screen, width=80), steps=9) as live:
+        live.step(report(4, opened=["vision[0:4], merger"]))
+    assert "step 3: opens vision[0:4], merger" in screen.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "is_shown"), [(80, 24, True), (60, 24, False), (80, 9, False)]
+)
+def test_a_terminal_with_room_shows_a_line_for_each_part(screen, width, height, is_shown):
+    console = Console(
+        file=screen, force_terminal=True, width=width, height=height, color_system=None
+    )
+    with LiveTraining(console, steps=10) as live:
+        for step in range(1, 6):
+            live.step(
+                report(step, parts=PARTS | {"merger": PARTS["vision"]} if step > 2 else PARTS)
+            )
+    shown = screen.getvalue()
+    assert max(map(len, re.split(r"[\r\n]", re.sub(r"\x1b\[\??\d+[A-Za-z]", "", shown)))) <= width
+    for text in ("vision", "merger", "665,600,000", "1.00e-05", "2.50e-01", "2.00e-03"):
+        assert (text in shown) == is_shown
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_answers_show_their_tokens(screen, is_terminal):
+    values = {"gradient_norm": 1.0, "skipped": False, "lr": 1e-3}
+    width = 80 if is_terminal else 100
+    console = Console(file=screen, force_terminal=is_terminal, width=width, color_system=None)
+    with LiveTraining(console, steps=1700, metric="loss", plain_every=1) as live:
+        live.evaluation(850, {"loss": 1.25, "chance": 11.93, "accuracy": 0.5})
+        live.step(
+            GenerationReport(
+                *(900, 2.0, 11.93, 0.375, 640.0, 52_000.0),
+                **values,
+                seconds=2.0,
+                rows_per_second=32.0,
+            )
+        )
+    shown = re.sub(r"\x1b\[\??\d+[A-Za-z]", "", screen.getvalue())
+    assert max(map(len, re.split(r"[\r\n]", shown))) <= width
+    assert "loss 1.250 (chance 11.930), accuracy 0.500" in shown
+    for part in ("2.000", "11.930", "38%", "26,000"):
+        assert part in shown

@@ -194,13 +194,12 @@ def test_colpali_engine_s_layout_is_asked_through_the_forward_that_it_calls(
     assert "Qwen2VLModel (whose forward ColQwen2 of colpali-engine calls)" in told
 
 
-def test_a_retriever_is_asked_as_it_encodes_documents(retriever, capsys, tmp_path, clip_file):
+def test_a_retriever_is_asked_as_it_encodes_documents(retriever, capsys, tmp_path):
     retriever.save_pretrained(tmp_path / "model")
     is_right, told = ask(capsys, tmp_path / "model")
     assert is_right
     assert "a retriever, as it encodes documents" in told
-    with pytest.raises(ColfolioError, match="takes no clips"):
-        positions_command(str(tmp_path / "model"), video=clip_file)
+    assert told.count("Positions are right in 1 row.") == 2  # image and clip
 
 
 def test_a_shell_has_one_layer_in_each_tower_and_needs_no_weights(saved):

@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 import resource
 import shutil
@@ -8,6 +9,7 @@ import signal
 import pytest
 import torch
 
+from colfolio.commands import splits
 from colfolio.commands import train as train_module
 from colfolio.commands.run_folder import RunFolder, recipe_of
 from colfolio.commands.train import resume_command, train_command
@@ -55,13 +57,17 @@ def test_a_run_leaves_its_recipe_log_checkpoints_and_model(write_recipe, run):
         "log.jsonl",
         "checkpoints",
         "model",
+        "report.html",
     }
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-000004", "step-000006"}
     log = log_of(run)
     assert steps_in(log) == [1, 2, 3, 4, 5, 6]
     evaluations = [row for row in log if row["kind"] == "evaluation"]
     assert [row["step"] for row in evaluations] == [4, 6]
-    assert all(0 <= row["ndcg@5"] <= 1 for row in evaluations)
+    for row in evaluations:
+        assert 0 <= row["ndcg@5"] <= 1
+        assert (row["negatives"], row["chance"]) == (11, pytest.approx(math.log(12)))
+        assert row["loss"] > 0
     last = Retriever.from_pretrained(run / "checkpoints" / "step-000006" / "model")
     assert weights_of(run) == last.fingerprint()
 
@@ -198,7 +204,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded(
 ):
     train_command(write_recipe())
     weights = weights_of(run)
-    monkeypatch.setattr(train_module, "load_dataset", lambda *_: pytest.fail("was loaded"))
+    monkeypatch.setattr(splits, "load_dataset", lambda *_: pytest.fail("was loaded"))
     with pytest.raises(RecipeError, match="already holds a run"):
         train_command(write_recipe())
     assert weights_of(run) == weights
@@ -211,6 +217,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded(
         ({"dataset": "/no/such/set"}, "/no/such/set"),
         ({"split": "nosplit"}, "nosplit"),
         ({"validation": {"split": "nosplit"}}, "nosplit"),
+        ({"validation": {"split": "validation", "pool": 12}}, "validation.pool is 12.*only 11"),
         ({"train": {"steps": 2, "batch": {"rows": 999}}}, "batch has 999"),
         ({"train": {"steps": 2, "batch": {"kind_weights": {"word": 2}}}}, "'word'"),
     ],
@@ -267,7 +274,7 @@ def test_a_disk_that_fills_up_loses_no_finished_checkpoint(
     assert without_times(log_of(run)) == without_times(unbroken[0])
 
 
-@pytest.mark.parametrize("room", [1_000, 30_000, 250_000])
+@pytest.mark.parametrize("room", [4_000, 30_000, 250_000])
 def test_files_that_may_not_grow_end_in_a_message_and_the_run_goes_on(
     write_recipe, unbroken, run, refused, room
 ):
@@ -386,3 +393,28 @@ def test_a_disk_that_takes_no_features_is_told(capsys, tmp_path):
     assert train_module._say_fault(cache)
     train_module._say_cache(cache)
     assert capsys.readouterr().out.count("no room") == 2
+
+
+def test_a_finished_run_has_a_report_of_its_curves(write_recipe, run):
+    train_command(write_recipe())
+    text = (run / "report.html").read_text(encoding="utf-8")
+    for words in ("Training run: run", "Gradient norm, by part", "Validation loss, 11 negatives"):
+        assert words in text
+
+
+def test_validation_loss_is_over_one_pool_whatever_the_batch_and_the_seed(
+    write_recipe, tmp_path, monkeypatch
+):
+    pools = []
+    draw = splits.draw_pool
+    monkeypatch.setattr(splits, "draw_pool", lambda *given: pools.append(draw(*given)) or pools[-1])
+    for name, changed in (("a", "train.batch.rows=6"), ("b", "train.batch.rows=4")):
+        recipe = write_recipe(out=str(tmp_path / name))
+        train_command(
+            recipe, ["train.steps=1", "validation.pool=5", changed, f"train.seed={len(pools)}"]
+        )
+    first, second = pools
+    assert first.size == 5
+    assert torch.equal(first.others, second.others)
+    ledger = next(row for row in log_of(tmp_path / "b") if row["kind"] == "ledger")
+    assert "the same 5 negatives" in ledger["validation"]

@@ -1,4 +1,7 @@
+import json
+
 import pytest
+from tokenizers import Tokenizer
 
 from colfolio.data.prompts import Prompter, Templates
 from colfolio.errors import CheckpointError
@@ -102,3 +105,20 @@ def test_the_tokenizer_that_came_in_is_left_as_it_was(tiny_tokenizer):
     assert tiny_tokenizer.to_str() == before
     placeholder = tiny_tokenizer.token_to_id("<|image_pad|>")
     assert tiny_tokenizer.encode("<|image_pad|>").ids == [placeholder]
+
+
+def without_special_tokens(tokenizer):
+    values = json.loads(tokenizer.to_str())
+    return Tokenizer.from_str(json.dumps(values | {"added_tokens": []}))
+
+
+def test_a_tokenizer_without_special_tokens_is_refused(tiny_tokenizer):
+    with pytest.raises(CheckpointError, match="no special tokens"):
+        Prompter(without_special_tokens(tiny_tokenizer), Templates())
+
+
+def test_a_special_token_that_takes_a_part_of_the_slot_is_refused(tiny_tokenizer):
+    own = Tokenizer.from_str(tiny_tokenizer.to_str())
+    own.add_special_tokens(["{que"])
+    with pytest.raises(CheckpointError, match=r"leave no \{query\} in '\{query\}'"):
+        Prompter(own, Templates())

@@ -1,10 +1,19 @@
 import math
+import re
+from dataclasses import replace
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
 
 from colfolio.diagnosis.charts import training_charts
-from colfolio.diagnosis.training_log import LoggedEvaluation, LoggedStep, TrainingLog
+from colfolio.diagnosis.part_charts import _spread
+from colfolio.diagnosis.training_log import (
+    LoggedEvaluation,
+    LoggedPart,
+    LoggedStep,
+    TrainingLog,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -24,7 +33,7 @@ def texts(svg: str) -> list[str]:
 
 def test_every_curve_with_numbers_is_drawn():
     titles = [title for title, _ in training_charts(run(300, 3))]
-    assert titles == ["Loss", "Margin", "nDCG@5 on validation", "Rows a second"]
+    assert titles == ["Loss", "nDCG@5 on validation", "Margin", "Rows a second"]
 
 
 def test_the_loss_stands_beside_its_labelled_chance_level():
@@ -82,3 +91,95 @@ def test_drawings_follow_the_page_and_name_nothing_outside_it():
 
 def test_the_same_log_gives_the_same_drawing():
     assert training_charts(run(300, 3)) == training_charts(run(300, 3))
+
+
+PART_TITLES = ["Gradient norm, by part", "Update over weights, by part", "Learning rate, by part"]
+
+
+def thawed(num_steps: int = 200, opens: int = 100, share: float = 0.1) -> TrainingLog:
+    """A run whose projection trains from the start, its vision tower from a step on."""
+    steps = []
+    for row in run(num_steps).steps:
+        rate = 1e-3 * (1 - row.step / num_steps)
+        parts = {"projection": LoggedPart(rate, 0.5, rate * 2)}
+        if row.step >= opens:
+            parts = {"vision": LoggedPart(rate * share, 0.1, rate), **parts}
+        opened = ("vision", "merger") if row.step == opens else ()
+        steps.append(replace(row, parts=parts, opened=opened))
+    evaluations = tuple(
+        LoggedEvaluation(n, "validation", {"loss": 3.0, "chance": math.log(65), "negatives": 64.0})
+        for n in (100, 200)
+    )
+    return TrainingLog(tuple(steps), evaluations)
+
+
+def paths(svg: str, variable: str) -> list[list[tuple[float, float]]]:
+    """The points of each line in a colour, in the drawing's own units."""
+    lines = re.findall(rf'<path d="([^"]*)"[^>]*var\({variable}\)', svg)
+    numbers = [re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", line) for line in lines]
+    return [[(float(x), float(y)) for x, y in line] for line in numbers]
+
+
+def test_each_part_has_a_curve_with_its_name():
+    charts = dict(training_charts(thawed()))
+    assert [title for title in charts if "by part" in title] == PART_TITLES
+    for title in PART_TITLES:
+        assert {"vision", "projection"} <= set(texts(charts[title]))
+        assert "merger" not in texts(charts[title])
+
+
+def test_a_part_that_opened_later_begins_at_its_step():
+    svg = dict(training_charts(thawed()))["Gradient norm, by part"]
+    (vision,), (projection,) = paths(svg, "--part-0"), paths(svg, "--part-5")
+    left, right = projection[0][0], projection[-1][0]
+    assert vision[0][0] == pytest.approx((left + right) / 2, abs=0.02 * (right - left))
+    assert vision[-1][0] == pytest.approx(right, abs=0.02 * (right - left))
+
+
+def test_every_curve_is_marked_where_a_part_opened():
+    dots = "stroke-dasharray: 0.8,1.6"
+    for title, svg in training_charts(thawed()):
+        assert (svg.count(dots), "1" in texts(svg)) == (1, True), title
+    for title, svg in training_charts(run(200, 2)):
+        assert dots not in svg, title
+
+
+def test_parts_of_one_rate_are_one_curve():
+    svg = dict(training_charts(thawed(opens=1, share=1.0)))["Learning rate, by part"]
+    assert "all" in texts(svg)
+    assert not {"vision", "projection"} & set(texts(svg))
+
+
+def test_validation_loss_stands_beside_the_chance_level_of_its_pool():
+    charts = dict(training_charts(thawed()))
+    assert "chance 4.17" in texts(charts["Validation loss, 64 negatives"])
+
+
+def test_accuracy_is_drawn_where_the_log_has_it():
+    steps = tuple(replace(row, accuracy=0.5) for row in run(200).steps)
+    assert "0.5" in texts(dict(training_charts(TrainingLog(steps, ())))["Accuracy"])
+
+
+def test_the_floor_is_drawn_where_there_is_one():
+    steps = tuple(replace(row, floor=0.25) for row in run(200).steps)
+    assert "floor 0.25" in texts(dict(training_charts(TrainingLog(steps, ())))["Loss"])
+    steps = tuple(replace(row, floor=1e-9) for row in run(200).steps)
+    assert "floor" not in dict(training_charts(TrainingLog(steps, ())))["Loss"]
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+def test_numbers_that_no_curve_can_show_are_left_out(value):
+    steps = [
+        replace(row, parts={"vision": LoggedPart(value, value, value)}) for row in run(50).steps
+    ]
+    assert not any(
+        "by part" in title for title, _ in training_charts(TrainingLog(tuple(steps), ()))
+    )
+
+
+def test_names_beside_a_chart_never_lie_over_one_another():
+    for heights in ([0.1], [0.5, 0.5, 0.5], [0.9, 0.95, 1.0], [-3.0, 0.2], [0.98] * 7):
+        placed = _spread(heights)
+        assert all(0 <= height <= 1 for height in placed)
+        gaps = [upper - lower for lower, upper in pairwise(placed)]
+        assert all(gap >= 0.08 for gap in gaps)

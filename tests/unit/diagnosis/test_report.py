@@ -1,6 +1,6 @@
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -21,7 +21,12 @@ from colfolio.diagnosis.report import (
     render_report,
     write_report,
 )
-from colfolio.diagnosis.training_log import LoggedEvaluation, LoggedStep, TrainingLog
+from colfolio.diagnosis.training_log import (
+    LoggedEvaluation,
+    LoggedPart,
+    LoggedStep,
+    TrainingLog,
+)
 
 HOSTILE = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}</title>"
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -94,6 +99,12 @@ def ledger(text: str) -> Ledger:
         floor=0.0,
         computed_with={"precision": text},
     )
+
+
+def opening(row: LoggedStep) -> LoggedStep:
+    parts = {"vision": LoggedPart(1e-3, 0.5, 1e-4)} if row.step >= 101 else {}
+    opened = ("vision[0:4]", "merger") if row.step == 101 else ()
+    return replace(row, parts=parts, opened=opened)
 
 
 def full_report(text: str = "Usage notes", num_steps: int = 300) -> ReportData:
@@ -232,3 +243,31 @@ def test_a_title_in_any_script_survives(tmp_path):
     path = tmp_path / "report.html"
     write_report(ReportData(title="Übersicht 概要 ملخص"), path)
     assert "Übersicht 概要 ملخص" in Page(path.read_text(encoding="utf-8")).words
+
+
+def test_what_opened_and_what_each_part_did_are_shown():
+    log = full_report().log
+    evaluation = LoggedEvaluation(9, "validation", {"loss": 1.0, "chance": 4.0, "negatives": 64.0})
+    changed = TrainingLog(tuple(map(opening, log.steps)), (evaluation,))
+    words = Page(render_report(ReportData(title="a", log=changed))).words
+    assert "1 vision[0:4], merger opened after step 100." in words
+    assert "Update over weights, by part" in words
+    assert "Validation loss, 64 negatives" in words
+    assert "the same negatives every time" in words
+
+
+def test_a_log_without_parts_still_makes_a_report():
+    words = Page(render_report(full_report())).words
+    assert "Loss" in words
+    for absent in ("by part", "Marks in the curves", "Validation loss"):
+        assert absent not in words
+
+
+def test_hostile_names_of_parts_stay_text():
+    steps = [
+        LoggedStep(n, 1.0, 2.0, None, None, None, opened=(HOSTILE,) if n == 4 else ())
+        for n in range(1, 9)
+    ]
+    page = Page(render_report(ReportData(title="a", log=TrainingLog(tuple(steps), ()))))
+    assert "{{ 7 * 7 }}" in page.words
+    assert "script" not in {tag for tag, _ in page.elements}

@@ -1,8 +1,9 @@
 import json
+import math
 
 import pytest
 
-from colfolio.diagnosis.training_log import read_log
+from colfolio.diagnosis.training_log import LoggedPart, read_log
 from colfolio.errors import ColfolioError
 
 
@@ -86,3 +87,17 @@ def test_a_line_that_is_no_row_is_counted(tmp_path, line):
 def test_a_missing_log_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ColfolioError, match=r"log.jsonl: the training log cannot be read"):
         read_log(tmp_path / "log.jsonl")
+
+
+def test_parts_and_what_opened_are_read_where_they_stand(tmp_path):
+    part = {"lr": 1e-4, "gradient_norm": math.inf, "update_ratio": 0.01, "trains": 12}
+    lines = [step(1), step(2, parts={"vision": part}, opened=["vision[0:4]", "merger"], floor=0.5)]
+    before, after = read_log(write(tmp_path / "log.jsonl", *lines)).steps
+    assert (before.parts, before.opened, before.floor) == ({}, (), None)
+    assert after.parts == {"vision": LoggedPart(1e-4, math.inf, 0.01)}
+    assert (after.opened, after.floor) == (("vision[0:4]", "merger"), 0.5)
+
+
+@pytest.mark.parametrize("parts", [3, [1], {"vision": {"lr": 1}}, {"vision": 1}, {"vision": []}])
+def test_parts_that_are_none_make_an_unreadable_line(tmp_path, parts):
+    assert read_log(write(tmp_path / "log.jsonl", step(1, parts=parts))).num_unreadable == 1

@@ -6,7 +6,6 @@ from colfolio.errors import DatasetError
 from colfolio.evaluation import benchmark
 from colfolio.evaluation.baseline import fit_extent_line
 from colfolio.evaluation.benchmark import (
-    quick_metrics,
     relevance_of,
     score_index,
     score_model,
@@ -87,9 +86,3 @@ def test_relevance_has_the_gain_of_each_judged_pair(strips, monkeypatch):
     monkeypatch.setattr(strips, "qrels", qrels | {"test-q2": {}, "test-q3": {"test-c0": 2}})
     expected = [[0, 0, 3, 0], [0, 1, 0, 0], [0, 0, 0, 0], [2, 0, 0, 0]]
     assert relevance_of(strips).tolist() == expected
-
-
-def test_quick_metrics_are_those_of_the_whole_evaluation(strips):
-    evaluation = evaluate_scores(score_model(WidthEncoder(), strips))
-    expected = {metric.name: metric.value for metric in evaluation.metrics}
-    assert quick_metrics(WidthEncoder(), strips) == expected

@@ -135,6 +135,16 @@ def test_a_damaged_file_is_refused_by_name(saved, name, content):
         Retriever.from_pretrained(saved)
 
 
+def test_a_token_behind_the_last_row_of_the_embedding_is_refused(saved):
+    values = json.loads((saved / "tokenizer.json").read_text())
+    words = values["model"]["vocab"]
+    words[max(words, key=words.get)] = 100_000  # as many tokens as before
+    (saved / "tokenizer.json").write_text(json.dumps(values))
+    change_json(saved / "colfolio.json", files={}, seal={}, weights_hash="")
+    with pytest.raises(CheckpointError, match=r"has a token 100000, the embedding 300 rows"):
+        Retriever.from_pretrained(saved)
+
+
 @pytest.mark.parametrize("model_type", ["qwen9", None])
 def test_an_unknown_model_type_is_named(saved, model_type):
     change_json(saved / "config.json", model_type=model_type)

@@ -1,8 +1,10 @@
 import json
+import re
 
 import pytest
 import torch
 
+from colfolio.data.prompts import Templates
 from colfolio.errors import CheckpointError
 from colfolio.models import Retriever
 from colfolio.models.contract import (
@@ -22,6 +24,7 @@ TOLD = {
     "data": {"pages train": "f00d"},
     "metrics": {"validation ndcg@5": 0.25},
     "source": Source(name="owner/name", revision="c" * 40),
+    "loaded_from": Source(name="owner/other", revision="d" * 40),
     "versions": {"torch": "1"},
     "assumed": ("a sentence",),
 }
@@ -98,7 +101,7 @@ def test_what_a_model_came_from_is_no_part_of_its_fingerprint(retriever):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"views": "strips"}, {"frame_rate": 1.0}, {"position_scheme": "videorope"}]
+    "changed", [{"views": "strips"}, {"frame_rate": 1.0}, {"templates": Templates()}]
 )
 def test_what_decides_a_vector_is_part_of_its_fingerprint(retriever, changed):
     before = retriever.fingerprint()
@@ -106,9 +109,70 @@ def test_what_decides_a_vector_is_part_of_its_fingerprint(retriever, changed):
     assert retriever.fingerprint() != before
 
 
+@pytest.mark.parametrize("is_fresh", [False, True])
+def test_a_contract_that_is_set_holds_for_inputs_at_once(retriever, texts, is_fresh, tmp_path):
+    retriever.eval()
+    before = retriever.encode_queries(texts).lengths
+    templates = retriever.contract.templates.model_copy(update={"query": "Find {query}"})
+    other = retriever.contract.model_copy(update={"templates": templates})
+    if is_fresh:
+        made = Retriever(retriever.backbone, retriever.projection, retriever.tokenizer, other)
+    else:
+        made = retriever
+        made.contract = other
+    assert min(made.encode_queries(texts).lengths - before) > 0
+    made.save_pretrained(tmp_path / "model")
+    loaded = Retriever.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded.encode_queries(texts).vectors, made.encode_queries(texts).vectors)
+
+
+def test_a_contract_that_only_tells_more_leaves_the_inputs_alone(retriever):
+    before = retriever.collator
+    retriever.contract = retriever.contract.model_copy(update=TOLD)
+    assert retriever.collator is before
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"dim": 99}, "dim is 99, but its projection has 16 rows"),
+        ({"position_scheme": "videorope"}, "position_scheme is 'videorope', not 'qwen2_vl'"),
+        ({"templates": Templates(document="no image")}, "the document <|image_pad|> once"),
+    ],
+)
+def test_a_contract_that_the_model_cannot_keep_is_refused(retriever, changed, words):
+    before, collator = retriever.contract, retriever.collator
+    other = before.model_copy(update=changed)
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        retriever.contract = other
+    assert (retriever.contract, retriever.collator) == (before, collator)
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        Retriever(retriever.backbone, retriever.projection, retriever.tokenizer, other)
+
+
+def test_a_contract_of_other_dimensions_than_the_weights_is_not_saved(retriever, tmp_path):
+    wide = retriever.weights()
+    wide["custom_text_proj.weight"] = torch.ones(99, 32)
+    with pytest.raises(CheckpointError, match=r"of 16 dimensions, and .* has 99"):
+        retriever.save_pretrained(tmp_path / "model", wide)
+    assert not any(tmp_path.iterdir())
+
+
+def test_weights_that_a_contract_names_need_its_seal(contract, tmp_path):
+    save_contract(contract, tmp_path, WEIGHTS)
+    path = tmp_path / "colfolio.json"
+    values = json.loads(path.read_text())
+    values["templates"]["query"] = "Query: {query}"
+    del values["seal"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="weights_hash and no seal"):
+        check_saved(load_contract(tmp_path), WEIGHTS, "here")
+
+
 def test_every_field_either_decides_vectors_or_tells_where_they_came_from(contract):
     decides = set(json.loads(contract.deciding()))
-    tells = {"format", "base_hash", "projection_hash", "weights_hash", "files", "seal", *TOLD}
+    tells = {"format", "base_hash", "projection_hash", *TOLD}
+    tells |= {"weights_hash", "plan_hash", "files", "seal"}  # of a folder
     assert decides | tells == set(Contract.model_fields)
     assert not decides & tells
 

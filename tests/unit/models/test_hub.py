@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
 
 from colfolio.errors import CheckpointError
 from colfolio.models import Retriever, hub
+from colfolio.models.contract import Source
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
@@ -79,9 +80,20 @@ def test_the_commit_of_a_hub_id_is_pinned_into_the_contract(calls, stored):
     loaded = Retriever.from_pretrained("owner/name", revision="v1")
     assert loaded.contract.source.name == "owner/name"
     assert loaded.contract.source.revision == COMMIT
+    assert loaded.contract.loaded_from == loaded.contract.source
     (asked,) = calls.asked
     assert asked[1] == ("owner/name",)
     assert asked[2]["revision"] == "v1"
+
+
+def test_what_a_model_of_the_hub_came_from_is_kept_when_it_is_loaded(calls, stored, retriever):
+    published = Source(name="Qwen/Qwen2-VL-2B", revision="b" * 40)
+    retriever.contract = retriever.contract.model_copy(update={"source": published})
+    retriever.save_pretrained(stored)
+    calls.answers["snapshot_download"] = str(stored)
+    loaded = Retriever.from_pretrained("owner/name")
+    assert loaded.contract.source == published
+    assert loaded.contract.loaded_from == Source(name="owner/name", revision=COMMIT)
 
 
 def test_no_weights_are_fetched_where_none_are_needed(calls, stored):

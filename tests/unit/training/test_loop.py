@@ -56,7 +56,8 @@ def test_the_global_generator_does_not_decide_what_dropout_drops(trained, settin
 def test_dropout_differs_from_step_to_step(
     retriever, make_retriever, settings, shapes, monkeypatch, with_dropout
 ):
-    monkeypatch.setattr(loop, "learning_rate", lambda *_: 0.0)  # only dropout can change the loss
+    # only dropout can change the loss
+    monkeypatch.setattr(loop, "learning_rates", lambda made, *_: [0.0] * len(made.param_groups))
     monkeypatch.setattr(loop, "BatchSource", OneBatch)
     with_dropout()
     dropping = make_retriever()

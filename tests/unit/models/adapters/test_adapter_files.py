@@ -21,7 +21,7 @@ from adapters import (
 )
 from safetensors.torch import load_file
 
-from colfolio.errors import CheckpointError
+from colfolio.errors import CheckpointError, ColfolioError
 from colfolio.models import Retriever, hub
 from colfolio.models.adapters import (
     LoraSettings,
@@ -99,6 +99,86 @@ def test_an_adapter_opens_in_another_dtype(saved, texts, pages):
     assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
     whole = vectors_of(Retriever.from_pretrained(saved), texts, pages)
     assert (vectors_of(half, texts, pages) - whole).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_an_adapter_trained_on_a_cast_base_opens_on_the_base_as_its_folder_has_it(
+    projection, base, tmp_path, texts, pages
+):
+    half = Retriever.from_pretrained(base, dtype=torch.bfloat16)
+    add_lora(half, SMALL.model_copy(update={"projection": projection}), seed=1)
+    change_open_weights(half)
+    save_adapter(half, tmp_path / "adapter", "../base")
+    opened = Retriever.from_pretrained(tmp_path / "adapter")
+    assert {tensor.dtype for tensor in opened.weights().values()} == {torch.float32}
+    again = Retriever.from_pretrained(tmp_path / "adapter", dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in again.state_dict().values()} == {torch.bfloat16}
+    assert (vectors_of(again, texts, pages) - vectors_of(half, texts, pages)).abs().max() < 0.05
+    save_adapter(again, tmp_path / "second", "../base")
+    Retriever.from_pretrained(tmp_path / "second")
+    put_in = Retriever.from_pretrained(base, dtype=torch.bfloat16)
+    load_adapter(put_in, tmp_path / "adapter")
+    merge(put_in)
+    assert {tensor.dtype for tensor in put_in.weights().values()} == {torch.bfloat16}
+
+
+def test_an_adapter_on_a_base_that_was_cast_and_then_changed_is_one_of_what_it_is_now(
+    base, tmp_path
+):
+    half = Retriever.from_pretrained(base, dtype=torch.bfloat16)
+    with torch.no_grad():
+        half.projection.weight[0, 0] += 1
+    half.save_pretrained(tmp_path / "changed")
+    add_lora(half, SMALL, seed=1)
+    save_adapter(half, tmp_path / "adapter", "../changed")
+    Retriever.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="is an adapter of other weights"):
+        Retriever.from_pretrained(tmp_path / "adapter", base=base)
+
+
+def test_an_adapter_is_not_saved_where_the_hash_of_its_base_is_not_known(adapted, tmp_path):
+    retriever = adapted().to(torch.bfloat16)
+    with pytest.raises(ColfolioError, match="were cast since they were read"):
+        save_adapter(retriever, tmp_path / "adapter", "../base")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_scale_by_the_root_of_the_rank_survives_saving(saved, tmp_path, texts, pages):
+    as_foreign(saved)
+    with pytest.warns(AssumedWarning):
+        plain = Retriever.from_pretrained(saved)
+    change_config(saved, use_rslora=True)
+    with pytest.warns(AssumedWarning):
+        opened = Retriever.from_pretrained(saved)
+    expected = vectors_of(opened, texts, pages)
+    assert (expected - vectors_of(plain, texts, pages)).abs().max() > 1e-3
+    save_adapter(opened, tmp_path / "again", "../base")
+    again = Retriever.from_pretrained(tmp_path / "again")
+    assert again.fingerprint() == opened.fingerprint()
+    assert torch.equal(vectors_of(again, texts, pages), expected)
+
+
+def test_an_adapter_beside_a_configuration_of_its_base_is_an_adapter(saved, base, texts, pages):
+    expected = vectors_of(Retriever.from_pretrained(saved), texts, pages)
+    (saved / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert is_adapter_folder(saved)
+    opened = Retriever.from_pretrained(saved)
+    assert torch.equal(vectors_of(opened, texts, pages), expected)
+
+
+def test_a_model_beside_a_configuration_of_an_adapter_is_a_model(saved, base):
+    expected = Retriever.from_pretrained(base).fingerprint()
+    (base / CONFIG).write_bytes((saved / CONFIG).read_bytes())
+    assert not is_adapter_folder(base)
+    assert Retriever.from_pretrained(base).fingerprint() == expected
+    (base / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes())
+    with pytest.raises(CheckpointError, match=re.escape(WEIGHTS)):
+        Retriever.from_pretrained(base)
+
+
+def test_where_a_base_lies_may_be_edited_and_what_means_nothing(saved, base):
+    change_config(saved, base_model_name_or_path=str(base), revision="v1", task_type="FEATURES")
+    Retriever.from_pretrained(saved)
 
 
 def test_the_base_is_found_beside_the_adapter_or_where_it_is_named(

@@ -58,11 +58,19 @@ def flip(folder):
 
 
 def set_contract(**values):
+    """Change a contract, of a time before seals."""
+
     def tamper(folder):
         path = folder / "colfolio.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"seal": {}} | values))
+        older = {"seal": {}, "weights_hash": ""}
+        path.write_text(json.dumps(json.loads(path.read_text()) | older | values))
 
     return tamper
+
+
+def drop_seal(folder):
+    path = folder / "colfolio.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seal": {}}))
 
 
 def set_option(**values):
@@ -117,6 +125,25 @@ TAMPERED = {
         "not linear: language_model.emb",
     ),
     "an unused rank": (set_option(rank_pattern={"k_prj": 3}), False, "rank_pattern: k_prj fits no"),
+    "another alpha": (set_option(lora_alpha=64), True, "says by plan_hash"),
+    "another scale": (set_option(use_rslora=True), True, "says by plan_hash"),
+    "another alpha of one layer": (
+        set_option(alpha_pattern={"q_proj": 500.0}),
+        True,
+        "says by plan_hash",
+    ),
+    "no seal": (drop_seal, True, "weights_hash and no seal"),
+    "a rank for no pattern": (set_option(rank_pattern={"[": 2}), False, "'[' is no pattern"),
+    "a pattern too large": (
+        set_option(alpha_pattern={"a{99999999999999}": 2}),
+        False,
+        "is no pattern",
+    ),
+    "a configuration too deep": (
+        lambda f: (f / CONFIG).write_text('{"a":' * 100_000 + "1" + "}" * 100_000),
+        False,
+        "nested deeper than 100 levels",
+    ),
     "fewer targets": (set_option(target_modules=["q_proj"]), False, "Unexpected: custom_text_proj"),
 }
 

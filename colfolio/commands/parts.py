@@ -1,0 +1,141 @@
+"""`colfolio parts`: a model by its named parts, what trains of each, and what that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from colfolio.commands.console import console
+from colfolio.commands.run_folder import TrainRecipe
+from colfolio.config import load_settings
+from colfolio.diagnosis.planning.fixed_memory import state_bytes
+from colfolio.diagnosis.planning.numerics import WIDE
+from colfolio.models.outline import Outline, outline_of
+from colfolio.models.parts import Inventory, inventory, ranges
+from colfolio.models.retriever import Retriever
+from colfolio.models.selectors import PARTS
+from colfolio.training import TrainSettings
+
+_MIB = 2**20
+_SHORT = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A part, or so many of its layers as are alike in dtype and in what trains.
+
+    Args:
+        layers: as in a selector; empty in parts without.
+        dtype: of the files.
+        trains: `yes`, `no` or `partly`.
+    """
+
+    part: str
+    layers: str
+    dtype: str
+    trains: str
+    weights: tuple[Tensor, ...]
+
+
+def parts_command(
+    model: str, recipe_path: Path | None = None, overrides: Sequence[str] = ()
+) -> None:
+    """Print the parts of a model, what trains of each, and what that takes in memory.
+
+    No weights are loaded, and of a model on the hub none are fetched.
+
+    Args:
+        model: checkpoint or adapter, a folder or hub id.
+        recipe_path: whose settings of training hold for the model; None has all of it trained.
+
+    Raises:
+        ColfolioError: the model cannot be told without its weights, the recipe cannot be honoured,
+            or it names parts that the model does not have.
+    """
+    settings = TrainSettings(steps=1)
+    if recipe_path is not None:
+        settings = load_settings(recipe_path, TrainRecipe, overrides).train
+    outline = outline_of(model)
+    found = inventory(outline.retriever)
+    console().print(_head(model, outline.retriever), markup=False)
+    console().print(_table(outline, found, settings))
+    state = settings.optimiser.state
+    console().print(f"\nMiB while it trains: all in float32, the optimiser's state in {state}")
+    if not outline.has_dtypes:
+        console().print("dtypes are told by the files with weights, which are not on this machine")
+
+
+def _head(model: str, retriever: Retriever) -> str:
+    trained = _count(weight for weight in retriever.parameters() if weight.requires_grad)
+    total, kind = _count(retriever.parameters()), retriever.backbone.config.model_type
+    return f"{model}: {kind}\n{trained:,} of {total:,} parameters train\n"
+
+
+def _table(outline: Outline, found: Inventory, settings: TrainSettings) -> Table:
+    retriever = outline.retriever
+    everything = tuple(retriever.parameters())
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("part", "layers", "parameters", "share", "dtype", "trains"):
+        table.add_column(name, justify="right" if name in ("parameters", "share") else "left")
+    for name in ("weights", "gradient", "state"):
+        table.add_column(name, justify="right")
+    for row in (*_rows(retriever, found), _Row("all", "", "", "", everything)):
+        count = _count(row.weights)
+        dtype = row.dtype if outline.has_dtypes or row.part == "adapters" else "?"
+        table.add_row(
+            row.part,
+            row.layers,
+            f"{count:,}",
+            _share(count / _count(everything)),
+            dtype if row.dtype else "",
+            row.trains,
+            _mib(count * WIDE),
+            _mib(_count(weight for weight in row.weights if weight.requires_grad) * WIDE),
+            _mib(state_bytes(retriever, settings, weights=row.weights)),
+        )
+    return table
+
+
+def _rows(retriever: Retriever, found: Inventory) -> Iterator[_Row]:
+    """The parts from the bottom up, each in as few rows as it has kinds of layers."""
+    named = dict(retriever.named_parameters())
+    for part in PARTS:
+        layers: dict[int | None, list[Tensor]] = {}
+        for name, place in found.places.items():
+            if place.part == part:
+                layers.setdefault(place.layer, []).append(named[name])
+        for (dtype, trains), alike in groupby(layers.items(), lambda item: _kind(item[1])):
+            numbers, weights = zip(*alike, strict=True)
+            written = ranges(number for number in numbers if number is not None)
+            yield _Row(part, ", ".join(written), dtype, trains, tuple(chain(*weights)))
+
+
+def _kind(weights: Sequence[Tensor]) -> tuple[str, str]:
+    """Dtype, and whether they train."""
+    dtypes = sorted({_SHORT[weight.dtype] for weight in weights})
+    trains = {weight.requires_grad for weight in weights}
+    word = "partly" if len(trains) > 1 else "yes" if trains == {True} else "no"
+    return ", ".join(dtypes), word
+
+
+def _count(weights: Iterable[Tensor]) -> int:
+    return sum(weight.numel() for weight in weights)
+
+
+def _share(share: float) -> str:
+    return "<0.1%" if share < 0.0005 else f"{share:.1%}"
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / _MIB:,.1f}"

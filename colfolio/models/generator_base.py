@@ -1,0 +1,122 @@
+"""A generator to train from: drawn from a shape, or a decoder grafted onto a vision tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from colfolio.data.chat import ChatTemplates
+from colfolio.data.patches import PixelBudget
+from colfolio.errors import CheckpointError
+from colfolio.models.chat_contract import (
+    ChatContract,
+    chat_templates_of,
+    check_chat_contract,
+    first_contract,
+)
+from colfolio.models.checkpoint import empty_backbone
+from colfolio.models.contract import Source
+from colfolio.models.drawing import draw_normal, draw_weights
+from colfolio.models.families import family_of, position_scheme_of
+from colfolio.models.generator import Generator
+from colfolio.models.generator_files import HEAD, assemble_generator, is_tied
+from colfolio.models.grafting import grafted_backbone
+from colfolio.models.hub import locate
+from colfolio.models.shape import SPECIAL_TOKENS, Shape, config_of_shape
+from colfolio.models.weights import read_weights
+
+_STD = 0.02  # of `transformers`, where a configuration says nothing
+
+
+def generator_from_shape(
+    shape: Shape, tokenizer: Tokenizer, seed: int, templates: ChatTemplates | None = None
+) -> Generator:
+    """A generator with random weights of a shape; equal seeds give equal weights, on any machine.
+
+    Args:
+        shape: its `dim`, `views` and `templates` are of retrievers, and not looked at.
+        templates: None takes those of the family.
+
+    Raises:
+        CheckpointError: the shape's keywords do not fit its family.
+    """
+    origin = f"shape of family {shape.family}"
+    family = family_of(shape.family, origin)
+    config = config_of_shape(shape, tokenizer)
+    dtype = getattr(torch, shape.dtype)
+    weights = draw_weights(empty_backbone(config, origin), seed, dtype)
+    if not is_tied(config):
+        text = config.get_text_config()
+        std = float(getattr(text, "initializer_range", None) or _STD)
+        weights[HEAD] = draw_normal((text.vocab_size, text.hidden_size), std, seed, HEAD, dtype)
+    said = shape.pixel_budget.model_dump(exclude_unset=True)
+    contract = ChatContract(
+        templates=templates or chat_templates_of(config, origin),
+        pixel_budget=PixelBudget.model_validate(family.pixel_budget.model_dump() | said),
+        position_scheme=position_scheme_of(config, origin),
+    )
+    check_chat_contract(contract, config, origin)
+    return Generator(*assemble_generator(config, weights, origin), tokenizer, contract)
+
+
+def generator_from_graft(
+    decoder: str | Path,
+    vision: str | Path,
+    seed: int,
+    scheme: str | None = None,
+    templates: ChatTemplates | None = None,
+) -> Generator:
+    """A language model with M-RoPE and the vision tower of a Qwen2-VL; its head is its own.
+
+    What had to be drawn stands in the contract, under `assumed`.
+
+    Args:
+        decoder, vision: hub ids or folders, see `grafted_backbone`.
+        scheme: of positions; None takes that of a decoder grafted before, or else `qwen2_vl`.
+        templates: None takes those of Qwen2-VL.
+
+    Raises:
+        CheckpointError: the weights are not exactly those of the towers and the head, or the towers
+            do not fit together.
+    """
+    sources = locate(decoder), locate(vision)
+    text, tower = (location.folder for location in sources)
+    origin = f"{text} with the vision tower of {tower}"
+    found = grafted_backbone(text, tower, SPECIAL_TOKENS, scheme, seed)
+    weights, drawn = dict(found.weights), list(found.drawn)
+    if not is_tied(found.config):
+        rows = found.config.get_text_config().vocab_size
+        weights[HEAD], more = _head(text, rows, seed)
+        weights[HEAD] = weights[HEAD].to(next(iter(found.weights.values())).dtype)
+        drawn += more
+    contract = first_contract(tower, found.config, templates)
+    names = [each.hub_id or each.folder.resolve().name for each in sources]
+    updated = {
+        "source": Source(name=" + ".join(names)),
+        "assumed": (*drawn, *contract.assumed),
+    }
+    contract = contract.model_copy(update=updated)
+    check_chat_contract(contract, found.config, origin)
+    parts = assemble_generator(found.config, weights, origin)
+    return Generator(*parts, found.tokenizer, contract)
+
+
+def _head(folder: Path, rows: int, seed: int) -> tuple[Tensor, list[str]]:
+    """A decoder's head, with rows drawn for tokens that were added to its embedding; says which."""
+    head = read_weights(folder).get(HEAD)
+    if head is None:
+        raise CheckpointError(
+            f"{folder}: holds no {HEAD}, and its configuration does not say that the head is the "
+            "embedding (tie_word_embeddings); give the folder of a language model"
+        )
+    missing = rows - len(head)
+    if missing <= 0:
+        return head, []
+    std = float(head.float().std())
+    more = draw_normal((missing, head.shape[1]), std, seed, HEAD, head.dtype)
+    return torch.cat([head, more]), [
+        f"{HEAD} had no rows for {missing} special tokens; they are drawn with seed {seed}"
+    ]

@@ -1,0 +1,105 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from colfolio.data.dataset import CorpusRow, Query, load_dataset, write_split
+from colfolio.errors import DatasetError
+from colfolio.evaluation import draw_pool, mean_metrics, model_scores, relevance_of
+from colfolio.evaluation.pool import POOL_SIZE, pool_loss, validation_metrics
+
+from .conftest import WidthEncoder, encode_png
+
+SIZE = 80
+PAGES = 20  # of four parts each
+PICTURE = encode_png(np.zeros((2, 2, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Eighty parts of twenty pages; query n asks for part n, query 0 for part 7 as well."""
+    folder = tmp_path_factory.mktemp("parts")
+    rows = [CorpusRow(f"c{n}", PICTURE, "book.pdf", n % PAGES) for n in range(SIZE)]
+    queries = [Query(f"q{n}", f"part {n}") for n in range(SIZE)]
+    qrels = {f"q{n}": {f"c{n}": 1} for n in range(SIZE)}
+    qrels["q0"]["c7"] = 1
+    write_split(folder, "validation", rows, queries, qrels)
+    return load_dataset(folder, "validation")
+
+
+def negatives_of(pool):
+    return [row.nonzero().flatten().tolist() for row in ~(pool.positives | pool.others)]
+
+
+def test_each_query_has_the_same_number_of_negatives_none_on_the_page_of_an_answer(parts):
+    pool = draw_pool(parts, 50)
+    assert (pool.size, pool.num_queries) == (50, SIZE)
+    for query, rows in enumerate(negatives_of(pool)):
+        answers = {query, 7} if query == 0 else {query}
+        assert len(rows) == 50
+        assert not {row % PAGES for row in rows} & {row % PAGES for row in answers}
+        assert pool.positives[query].nonzero().flatten().tolist() == sorted(answers)
+
+
+def test_the_pool_is_the_same_whenever_it_is_drawn_and_differs_between_queries(parts):
+    first, again = negatives_of(draw_pool(parts, 50)), negatives_of(draw_pool(parts, 50))
+    assert first == again
+    assert len({tuple(rows) for rows in first}) == SIZE
+
+
+def test_all_documents_of_the_corpus_come_up(parts):
+    drawn = {row for rows in negatives_of(draw_pool(parts, 10)) for row in rows}
+    assert drawn == set(range(SIZE))
+
+
+def test_the_loss_is_the_definition_and_at_chance_for_equal_scores(parts):
+    pool = draw_pool(parts, 50)
+    scores = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    losses = []
+    for query, rows in enumerate(negatives_of(pool)):
+        answers = [0, 7] if query == 0 else [query]
+        against = [math.exp(scores[query, row] / 0.5) for row in rows]
+        wanted = [math.exp(scores[query, row] / 0.5) for row in answers]
+        losses.append(np.mean([math.log(1 + sum(against) / each) for each in wanted]))
+    assert pool_loss(scores, pool, 0.5) == pytest.approx(np.mean(losses))
+    assert pool_loss(torch.full((SIZE, SIZE), 3.0), pool) == pytest.approx(math.log(51))
+    assert pool.chance == pytest.approx(math.log(51))
+
+
+def test_scores_outside_of_the_pool_never_change_the_loss(parts):
+    pool = draw_pool(parts, 50)
+    scores = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    noisy = torch.where(pool.others, torch.full_like(scores, float("nan")), scores)
+    assert pool_loss(noisy, pool) == pool_loss(scores, pool)
+
+
+def test_without_a_size_it_is_64_or_as_many_as_every_query_has(parts, strips):
+    assert POOL_SIZE == 64
+    assert draw_pool(parts).size == 64
+    assert draw_pool(strips).size == 3
+
+
+def test_more_negatives_than_a_query_has_are_refused(parts):
+    # query 0 has answers on two pages of four parts each
+    with pytest.raises(DatasetError, match=r"validation.pool is 73, but a query has only 72"):
+        draw_pool(parts, 73)
+    assert draw_pool(parts, 72).size == 72
+
+
+def test_a_split_with_nothing_to_tell_an_answer_from_is_refused(tmp_path):
+    row, query = CorpusRow("c", PICTURE, "a.pdf"), Query("q", "text")
+    write_split(tmp_path, "validation", [row], [query], {"q": {"c": 1}})
+    with pytest.raises(DatasetError, match="no query has a document that does not answer it"):
+        draw_pool(load_dataset(tmp_path, "validation"))
+
+
+def test_metrics_and_loss_are_of_the_same_scores(strips):
+    encoder, pool = WidthEncoder(), draw_pool(strips)
+    scores = model_scores(encoder, strips)
+    found = validation_metrics(encoder, strips, pool, 0.1, ["ndcg@5", "mrr"])
+    assert found == mean_metrics(scores, relevance_of(strips), ["ndcg@5", "mrr"]) | {
+        "loss": pool_loss(scores, pool, 0.1),
+        "chance": math.log(4),
+        "negatives": 3.0,
+    }
