@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: env demo test test-extras check format
+.PHONY: env demo test test-extras check lint format
 
 env: $(READY)
 
@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/colfolio demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not gpu and not web" tests
+	$(BIN)/python -m pytest -n auto -m "not gpu and not web" tests
 
 # torchao, once installed, talks at each import of transformers, so it comes last
 test-extras: $(READY)
@@ -27,12 +27,14 @@ test-extras: $(READY)
 	$(BIN)/python -m pytest tests/unit/training/test_optim.py
 	$(BIN)/python -m pip uninstall --quiet --yes torchao
 
-check: $(READY)
+check: lint
+	$(BIN)/python -m pytest -n auto -m "not slow and not gpu and not web" tests
+
+lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --level error
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow and not gpu and not web" tests
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -21,6 +21,7 @@ from colfolio.models.parts import Inventory, inventory, ranges
 from colfolio.models.retriever import Retriever
 from colfolio.models.selectors import PARTS
 from colfolio.training import TrainSettings
+from colfolio.training.start import begin_policy
 
 _MIB = 2**20
 _SHORT = {
@@ -67,6 +68,7 @@ def parts_command(
     if recipe_path is not None:
         settings = load_settings(recipe_path, TrainRecipe, overrides).train
     outline = outline_of(model)
+    begin_policy(outline.retriever, settings)
     found = inventory(outline.retriever)
     console().print(_head(model, outline.retriever), markup=False)
     console().print(_table(outline, found, settings))

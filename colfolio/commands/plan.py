@@ -28,6 +28,7 @@ from colfolio.diagnosis.planning import (
 )
 from colfolio.models.outline import outline_of
 from colfolio.models.retriever import Retriever
+from colfolio.training.start import begin_policy
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -56,6 +57,7 @@ def plan_command(
     machine = named_gpu(gpu) if gpu else this_machine(count)
     check_reachable(recipe.train, count)
     retriever = outline_of(recipe.model).retriever
+    begin_policy(retriever, recipe.train)
     batch = _sizes(recipe, retriever)
     keep = recipe.checkpoint.keep
     plan = make_plan(retriever, recipe.train, batch, machine, count, kept_checkpoints=keep)
