@@ -1,9 +1,9 @@
 """Short clips of two shapes that move, what is said of them, and the same told in words alone.
 
-A clip has three steps. In each, a shape fills a place of 28 x 28 pixels, which is one token, and it
+A clip has three steps. In each, a shape fills a place of 14 x 14 pixels, which is one token, and it
 goes one place a step. The two frames of a step are equal, so that a vision tower, which sees one
 step at a time, cannot see a movement: only who compares places over steps can tell where a shape
-goes. Clips are of nine sizes, so that no number of tokens always lies between a place and the one
+goes. Clips are of four sizes, so that no number of tokens always lies between a place and the one
 below it.
 """
 
@@ -30,8 +30,8 @@ FORMS = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 QUESTION = "what moves?"
 STEPS = 3
-PLACE = 28  # pixels
-_SIDES = (3, 4, 5)  # of a clip, in places
+PLACE = 14  # pixels
+_SIDES = (3, 4)  # of a clip, in places
 _SECONDS = 0.5  # from one frame to the next, of which a step has two
 _WHO = ("anna", "ben", "the dog", "the old cat", "a child", "nobody")
 _DOES = ("see", "like", "find", "carry", "forget")
@@ -149,8 +149,8 @@ def _frames(scene: Scene) -> Iterator[bytes]:
 
 
 def _draw(pen: ImageDraw.ImageDraw, mover: Mover, place: tuple[int, int]) -> None:
-    top, left = (PLACE * number + 3 for number in place)
-    bottom, right = top + PLACE - 7, left + PLACE - 7
+    top, left = (PLACE * number + 1 for number in place)
+    bottom, right = top + PLACE - 3, left + PLACE - 3
     colour = COLOURS[mover.colour]
     if mover.form == "circle":
         pen.ellipse((left, top, right, bottom), fill=colour)
