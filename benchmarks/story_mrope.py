@@ -179,7 +179,7 @@ def main() -> None:
     for path in (results, picture):
         path.parent.mkdir(parents=True, exist_ok=True)
     seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
-    size = Size(text_steps=200, clips=4032, steps=300) if options.quick else Size()
+    size = Size(text_steps=200, clips=4032, steps=350) if options.quick else Size()
     with tempfile.TemporaryDirectory() as scratch:
         start = Start(Path(scratch), size, options.threads)
         runs = known_runs(results, size)
@@ -373,13 +373,11 @@ def draw(runs: list[Run], path: Path) -> None:
         right.scatter(
             [run.outcome.direction for run in of_arm], [place] * len(of_arm), color=colour, s=26
         )
-    left.axhline(GUESSED, color="#888888", linestyle="--", linewidth=1)
-    left.annotate(
-        "directions guessed", (0.98, GUESSED), xycoords=("axes fraction", "data"), ha="right"
-    )
+    guessed = {"color": "#888888", "linestyle": "--", "linewidth": 1}
+    left.axhline(GUESSED, label="directions guessed", **guessed)
     left.set(title="Loss of descriptions", xlabel="step", ylabel="nats a token", yscale="log")
     left.legend(frameon=False)
-    right.axvline(0.25, color="#888888", linestyle="--", linewidth=1)
+    right.axvline(0.25, **guessed)
     right.set_yticks(range(len(by_arm(runs))), [arm.name for arm in by_arm(runs)])
     right.set(title="Words of direction, unseen pairs", xlabel="accuracy", xlim=(0, 1.02))
     right.invert_yaxis()

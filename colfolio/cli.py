@@ -40,12 +40,23 @@ Overrides = Annotated[
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    from colfolio.errors import ColfolioError
-
     # oneDNN, and torch's way to it, keep what they made for 1,024 shapes: hundreds of MiB where
     # every batch has shapes of its own; both read these at the first product
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+    try:
+        _run()
+    except SystemExit as end:
+        if "colfolio.distributed" in sys.modules:  # else this process trained nothing
+            from colfolio.distributed import end_rank
+
+            end_rank(end.code if isinstance(end.code, int) else 1)
+        raise
+
+
+def _run() -> None:
+    from colfolio.errors import ColfolioError
+
     try:
         app()
     except (ColfolioError, FloatingPointError) as error:

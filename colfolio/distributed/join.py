@@ -9,9 +9,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +91,21 @@ def join_world(device: str | None = None) -> Iterator[World]:
         _check_gpus(world)
     yield world
     dist.destroy_process_group()
+
+
+def end_rank(code: int) -> None:
+    """End this process with `code` if a launcher started it as a rank; else do nothing.
+
+    The interpreter is not wound up. A thread of gloo outlives its group wherever `fully_shard` has
+    seen it, and may still hold Python objects of the last exchange: when it gives them back to an
+    interpreter that is being wound up, it aborts the process (SIGABRT), after all work is done.
+    """
+    if not any(names[0] in os.environ for names in (_LAUNCHER, _SLURM)):
+        return
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def find_place(environment: Mapping[str, str]) -> Place | None:

@@ -31,12 +31,20 @@ SRUN = {
 }
 JOINED = """
 import sys
-from colfolio.distributed import is_in_world, join_world
+from colfolio.distributed import end_rank, is_in_world, join_world
 assert is_in_world()
 with join_world("cpu") as world:
     counts = world.gather_counts(world.rank + 5)
     with open(f"{sys.argv[1]}/{world.rank}", "w") as file:
         file.write(f"{world.size} {world.local_rank} {world.local_size} {counts}")
+end_rank(0)
+"""
+ENDING = """
+import atexit
+from colfolio.distributed import end_rank
+atexit.register(print, "wound up")
+print("trained")
+end_rank(3)
 """
 
 
@@ -55,6 +63,20 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
     return pretend
+
+
+@pytest.mark.parametrize(
+    ("launcher", "code", "output"),
+    [({}, 0, "trained\nwound up\n"), (TORCHRUN, 3, "trained\n"), (SRUN, 3, "trained\n")],
+)
+def test_a_rank_ends_without_winding_up_the_interpreter(launcher, code, output):
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDING],
+        env={**os.environ, **launcher},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout) == (code, output)
 
 
 def python(code):

@@ -45,7 +45,7 @@ def test_directions_are_learnt_later_with_flattened_positions_or_a_frozen_decode
     assert positions == {"full": "right", "frozen": "right", "flattened": "flattened"}
     assert len({run["answer_tokens"] for run in ended.values()}) == 1
     direction = {name: run["outcome"]["direction"] for name, run in ended.items()}
-    assert direction["full"] > 0.8  # chance is a quarter
+    assert direction["full"] > 0.7  # chance is a quarter
     assert direction["full"] > 0.1 + max(direction["flattened"], direction["frozen"])
     for run in ended.values():  # all learn what needs no positions
         assert run["outcome"]["accuracy"] > 0.8
