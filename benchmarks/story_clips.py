@@ -31,7 +31,7 @@ DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 QUESTION = "what moves?"
 STEPS = 3
 PLACE = 14  # pixels
-_SIDES = (3, 4)  # of a clip, in places
+SIDES = (3, 4)  # of a clip, in places
 _SECONDS = 0.5  # from one frame to the next, of which a step has two
 _WHO = ("anna", "ben", "the dog", "the old cat", "a child", "nobody")
 _DOES = ("see", "like", "find", "carry", "forget")
@@ -89,11 +89,14 @@ def pairs_of(held_out: Mapping[str, int]) -> dict[str, list[tuple[Mover, Mover]]
 
 
 def scenes(
-    pairs: Sequence[tuple[Mover, Mover]], count: int, generator: np.random.Generator
+    pairs: Sequence[tuple[Mover, Mover]],
+    count: int,
+    generator: np.random.Generator,
+    sides: Sequence[int] = SIDES,
 ) -> Iterator[Scene]:
     """Scenes whose pairs take turns; shapes are never in one place at a time."""
     for number in range(count):
-        movers, size = pairs[number % len(pairs)], generator.choice(_SIDES, 2)
+        movers, size = pairs[number % len(pairs)], generator.choice(sides, 2)
         while True:
             first, second = (_path(mover, size, generator) for mover in movers)
             if all(one != other for one, other in zip(first, second, strict=True)):
@@ -102,10 +105,15 @@ def scenes(
 
 
 def write_clips(
-    folder: Path, split: str, pairs: Sequence[tuple[Mover, Mover]], count: int, seed: int
+    folder: Path,
+    split: str,
+    pairs: Sequence[tuple[Mover, Mover]],
+    count: int,
+    seed: int,
+    sides: Sequence[int] = SIDES,
 ) -> None:
     """Write a split of conversations about clips, as Parquet with stored frames."""
-    made = list(scenes(pairs, count, np.random.default_rng((seed, 1))))
+    made = list(scenes(pairs, count, np.random.default_rng((seed, 1)), sides))
     columns = {
         "question": [QUESTION] * count,
         "answer": [scene.description for scene in made],

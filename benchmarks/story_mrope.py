@@ -18,7 +18,8 @@ All learn from the same number of answer tokens. Each arm has the learning rate 
 the lowest loss on the validation split, with a seed that is not counted. Kept of each run: loss and
 token accuracy every few steps, and at the end, over clips of pairs of movers that neither training
 nor the choice of a rate has seen: loss, accuracy of tokens and of the words of direction alone, and
-the share of descriptions without a mistake.
+the share of descriptions without a mistake; the same over clips of those pairs that are wider than
+any in training, where a place and the one below it lie further apart in the row of tokens.
 
 Writes `benchmarks/results/story_mrope.json` and `docs/stories/mrope.png`. `--quick` does three arms
 at one rate in two minutes, and writes into the folder of `--out` alone. The results are written
@@ -60,6 +61,7 @@ RATES = (5e-4, 1e-3, 2e-3)
 QUICK_RATE = 1e-3
 TUNING_SEED = 100  # of no counted run
 HELD_OUT = {"validation": 96, "test": 96}  # pairs of movers; a split has two clips of each
+WIDER = (5,)  # sides of clips, in places, that no other split has
 POINTS = 50  # of a curve
 # nats a token if all is known but the direction of both movers; an answer has twelve tokens
 GUESSED = 2 * math.log(4) / 12
@@ -112,6 +114,7 @@ class Run:
 
     Args:
         split: on which it was measured; the choice of a rate sees `validation` alone.
+        wider: over clips wider than any in training; None where a rate was chosen.
         positions: what the guard says of them, before the first step.
         opened: the step of each stage.
     """
@@ -120,6 +123,7 @@ class Run:
     seed: int
     split: str
     outcome: Outcome
+    wider: Outcome | None
     positions: str
     answer_tokens: int
     opened: list[int]
@@ -147,6 +151,8 @@ class Start:
         for number, split in enumerate(("train", *HELD_OUT)):
             count = size.clips if split == "train" else 2 * HELD_OUT[split]
             write_clips(folder / "clips", split, self._pairs[split], count, number)
+        count, seed = 2 * HELD_OUT["test"], 1 + len(HELD_OUT)
+        write_clips(folder / "clips", "wider", self._pairs["test"], count, seed, WIDER)
 
     def clips(self, split: str) -> ConversationDataset:
         return load_conversations(self._folder / "clips", split)
@@ -210,6 +216,7 @@ def _run_of(values: dict[str, Any]) -> Run:
     nested = {
         "arm": Arm(**values["arm"]),
         "outcome": Outcome(**values["outcome"]),
+        "wider": Outcome(**values["wider"]) if values["wider"] else None,
         "curve": [Point(**each) for each in values["curve"]],
     }
     return Run(**(values | nested))
@@ -289,10 +296,15 @@ def run_arm(start: Start, arm: Arm, seed: int, split: str) -> Run:
     begin = time.perf_counter()
     state = start_training(model, settings_of(arm, seed, start))
     reports = [each for each in train(state, clips) if isinstance(each, GenerationReport)]
-    outcome, seconds = outcome_of(state.generator, held_out), time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
+    outcome, wider = outcome_of(state.generator, held_out), None
+    if split == "test":
+        wider = outcome_of(state.generator, start.clips("wider"))
     curve = list(points(reports, -(-start.size.steps // POINTS)))
     answer_tokens = round(sum(report.answer_tokens for report in reports))
-    return Run(arm, seed, split, outcome, positions, answer_tokens, state.opened, seconds, curve)
+    return Run(
+        arm, seed, split, outcome, wider, positions, answer_tokens, state.opened, seconds, curve
+    )
 
 
 def settings_of(arm: Arm, seed: int, start: Start) -> TrainSettings:
@@ -346,16 +358,26 @@ def by_arm(runs: list[Run]) -> dict[Arm, list[Run]]:
 
 def table(runs: list[Run]) -> str:
     lines = [
-        "| arm | rate | loss | tokens | directions | whole descriptions | answer tokens |",
-        "|---|---|---|---|---|---|---|",
+        "| arm | rate | learnt at step | loss | tokens | directions | whole descriptions "
+        "| directions, wider clips | answer tokens |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, of_arm in by_arm(runs).items():
-        cells = [arm.name, f"{arm.rate:g}"]
+        cells = [arm.name, f"{arm.rate:g}", " / ".join(map(learnt_at, of_arm))]
         for name in ("loss", "accuracy", "direction", "exact"):
             cells.append(" / ".join(f"{getattr(run.outcome, name):.3f}" for run in of_arm))
+        wider = [run.wider.direction for run in of_arm if run.wider]
+        cells.append(" / ".join(f"{share:.3f}" for share in wider))
         cells.append(" / ".join(f"{tokens:,}" for tokens in {run.answer_tokens for run in of_arm}))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", "Directions by chance: 0.25."])
+
+
+def learnt_at(run: Run) -> str:
+    """The step from which the training loss is under half of what guessed directions cost."""
+    above = [point.step for point in run.curve if point.loss >= GUESSED / 2]
+    later = [point.step for point in run.curve if not above or point.step > above[-1]]
+    return f"{later[0]}" if later else "never"
 
 
 def draw(runs: list[Run], path: Path) -> None:
@@ -373,13 +395,22 @@ def draw(runs: list[Run], path: Path) -> None:
         right.scatter(
             [run.outcome.direction for run in of_arm], [place] * len(of_arm), color=colour, s=26
         )
+        right.scatter(
+            [run.wider.direction for run in of_arm if run.wider],
+            [place + 0.25] * len(of_arm),
+            marker="x",
+            color=colour,
+            s=26,
+        )
     guessed = {"color": "#888888", "linestyle": "--", "linewidth": 1}
     left.axhline(GUESSED, label="directions guessed", **guessed)
     left.set(title="Loss of descriptions", xlabel="step", ylabel="nats a token", yscale="log")
     left.legend(frameon=False)
     right.axvline(0.25, **guessed)
     right.set_yticks(range(len(by_arm(runs))), [arm.name for arm in by_arm(runs)])
-    right.set(title="Words of direction, unseen pairs", xlabel="accuracy", xlim=(0, 1.02))
+    right.set(
+        title="Words of direction, unseen pairs (x: wider clips)", xlabel="accuracy", xlim=(0, 1.02)
+    )
     right.invert_yaxis()
     figure.savefig(path, dpi=120)
     plt.close(figure)
