@@ -1,0 +1,188 @@
+"""Causes that lie in the data: what is in it twice, cut off, out of order or labelled wrongly."""
+
+from __future__ import annotations
+
+from colfolio.diagnosis.causes.finding import Finding, RuledOut
+from colfolio.diagnosis.causes.reading import Reading
+from colfolio.diagnosis.causes.thresholds import (
+    AT_CHANCE,
+    BLANK,
+    COPIES,
+    LEAKED,
+    MANY_COPIES,
+    OFTEN_TOGETHER,
+    OVER_FITTED,
+    SHIFTED,
+    TIMES_EXPECTED,
+    TRUNCATED,
+)
+
+
+def truncated(reading: Reading) -> Finding | RuledOut | None:
+    """Images of which tokens are cut off."""
+    data = reading.evidence.data
+    if data is None:
+        return None
+    if data.truncated < TRUNCATED:
+        return RuledOut("truncated_images", "every image has all tokens of its grid")
+    return Finding(
+        "truncated_images",
+        "image tokens are cut off",
+        (f"{data.truncated:.0%} of the documents have fewer image tokens than their grid.",),
+        "certain",
+        "Raise the longest row that the collator lets through, or lower the pixel budget, so that "
+        "a whole image fits",
+    )
+
+
+def blank(reading: Reading) -> Finding | RuledOut | None:
+    """Documents with nothing on them."""
+    data = reading.evidence.data
+    if data is None:
+        return None
+    if data.blank < BLANK:
+        return RuledOut("blank_documents", f"{data.blank:.0%} of the documents are one colour")
+    return Finding(
+        "blank_documents",
+        "many documents show nothing",
+        (f"{data.blank:.0%} of the images are of one colour throughout.",),
+        "certain",
+        "Look at the images: pages that did not render, masks in place of pictures, an alpha "
+        "channel that hides all; prepare the data anew",
+    )
+
+
+def fixed_order(reading: Reading) -> Finding | RuledOut | None:
+    """Batches that are the same every epoch, or stretches of the data set."""
+    data, rows = reading.evidence.data, reading.settled.rows
+    if data is None or rows is None or data.queries < 2:
+        return None
+    expected = (rows - 1) / (data.queries - 1)
+    found = {
+        "rows of a batch meet again in the next epoch": data.epoch_overlap,
+        "rows have the data set's next row in their batch": data.neighbours,
+    }
+    for what, share in found.items():
+        if share is not None and share > max(OFTEN_TOGETHER, TIMES_EXPECTED * expected):
+            return Finding(
+                "fixed_order",
+                "the data comes in a fixed order",
+                (f"{share:.0%} of the {what}; drawn at random it would be {expected:.1%}.",),
+                "certain",
+                "Shuffle in every epoch: batches that never change show each query the same few "
+                "negatives, and neighbours are often of one document",
+            )
+    return RuledOut("fixed_order", "batches are drawn anew in every epoch")
+
+
+def false_negatives(reading: Reading) -> Finding | RuledOut | None:
+    """Answers that count as negatives."""
+    data = reading.evidence.data
+    if data is None:
+        return None
+    if data.copies < COPIES:
+        return RuledOut(
+            "false_negatives", f"{data.copies:.2%} of the candidates are copies of the answer"
+        )
+    return Finding(
+        "false_negatives",
+        "answers count as negatives",
+        (
+            f"{data.copies:.1%} of a query's candidates show what its answer shows, or answer the "
+            "same text, and are pushed away nevertheless.",
+        ),
+        "certain" if data.copies >= MANY_COPIES else "likely",
+        "Mask them, and remove the copies from the data",
+        {"train.batch.ignore_copies": "exact"},
+    )
+
+
+def leaked(reading: Reading) -> Finding | RuledOut | None:
+    """A validation split that training has seen."""
+    data = reading.evidence.data
+    if data is None or data.validation_documents is None:
+        return None
+    if data.leaked < LEAKED:
+        return RuledOut("leaked_split", f"training has {data.leaked:.1%} of the validation split")
+    return Finding(
+        "leaked_split",
+        "what validation measures was trained on",
+        (f"{data.leaked:.0%} of the validation split's documents or queries stand in training.",),
+        "certain",
+        "Take them out of training, and split by document and not by page: colfolio prepare does",
+    )
+
+
+def shifted_labels(reading: Reading) -> Finding | RuledOut | None:
+    """Labels that stand a few rows beside their documents."""
+    probes = reading.evidence.probes
+    if not probes:
+        return None
+    probe = max(probes, key=lambda each: each.shift_accuracy - each.accuracy)
+    by_chance = 1 / max(1, probe.documents)
+    if probe.shift_accuracy > max(SHIFTED, 2 * probe.accuracy, TIMES_EXPECTED * by_chance):
+        rows = "row" if abs(probe.shift) == 1 else "rows"
+        where = "behind" if probe.shift > 0 else "before"
+        return Finding(
+            "shifted_labels",
+            f"labels are shifted by {abs(probe.shift)} {rows} against the documents",
+            (
+                f"{probe.shift_accuracy:.0%} of the queries rank first the document "
+                f"{abs(probe.shift)} {rows} {where} the labelled one, {probe.accuracy:.0%} the "
+                f"labelled one (step {probe.step}, {probe.documents} documents).",
+            ),
+            "certain",
+            "Join queries and documents by their ids, not by their place in two files",
+        )
+    return RuledOut(
+        "shifted_labels", f"no neighbour is preferred ({probe.shift_accuracy:.0%} at most)"
+    )
+
+
+def wrong_labels(reading: Reading) -> Finding | RuledOut | None:
+    """Labels that a model which already ranks well contradicts."""
+    model, probe = reading.evidence.model, reading.first_probe
+    if model is None or probe is None or not model.is_trained:
+        return None
+    by_chance = 1 / max(1, probe.documents)
+    if probe.confident > SHIFTED and probe.accuracy < 2 * by_chance:
+        return Finding(
+            "wrong_labels",
+            "labels contradict a model that was trained before",
+            (
+                f"Before the first step {probe.confident:.0%} of the queries put an unlabelled "
+                f"document first by a clear lead, and {probe.accuracy:.0%} the labelled one.",
+            ),
+            "likely",
+            "Read a few of these queries beside both documents: colfolio evaluate lists them",
+        )
+    return RuledOut(
+        "wrong_labels", f"the model agrees with {probe.accuracy:.0%} of the labels at the start"
+    )
+
+
+def over_fitting(reading: Reading) -> Finding | RuledOut | None:
+    """Validation that gets worse while training gets better."""
+    rows = reading.validation_losses
+    if len(rows) < 3 or reading.recent is None:
+        return None
+    from_best = min(range(len(rows)), key=lambda place: rows[place][1])
+    best_step, best, chance = rows[from_best]
+    last_step, last, _ = rows[-1]
+    rise = (last - best) / chance
+    has_learnt = reading.recent.way > AT_CHANCE and best < chance
+    if rise > OVER_FITTED and has_learnt and from_best < len(rows) - 1:
+        return Finding(
+            "over_fitting",
+            "the model learns the training split by heart",
+            (
+                f"Validation loss was {best:.3f} at step {best_step} and is {last:.3f} at step "
+                f"{last_step}, on the same negatives, while the training loss went down to "
+                f"{reading.recent.loss:.3f}.",
+            ),
+            "likely",
+            f"Take the checkpoint near step {best_step}; more data, fewer steps or fewer open "
+            "parts go further",
+            {"train.steps": str(best_step)},
+        )
+    return RuledOut("over_fitting", f"validation loss is {rise:.0%} of chance above its best")

@@ -1,0 +1,161 @@
+"""Causes that lie in the model before its first step: what was loaded, and how it is called."""
+
+from __future__ import annotations
+
+from colfolio.diagnosis.causes.finding import Finding, RuledOut
+from colfolio.diagnosis.causes.reading import Reading
+
+_NO_EFFECT = 1e-6
+_POSITIONS = {
+    "flattened": "image tokens get the positions of text, one after the other, not of a grid",
+    "stale": "positions of another batch are used again",
+    "shifted": "positions are shifted against their tokens",
+}
+_NAMED = 3
+
+
+def fresh_tensors(reading: Reading) -> Finding | RuledOut | None:
+    """Weights that a load draws at random, so that nothing learnt fits them."""
+    model = reading.evidence.model
+    if model is None:
+        return None
+    if not model.fresh and model.is_reloaded_alike:
+        return RuledOut("fresh_tensors", "every tensor comes from the files, twice alike")
+    named = ", ".join(model.fresh[:_NAMED]) or "which ones is not known"
+    more = f" and {len(model.fresh) - _NAMED} more" if len(model.fresh) > _NAMED else ""
+    is_projection = any("proj" in name for name in model.fresh)
+    what = "the projection is" if is_projection else "some weights are"
+    return Finding(
+        "fresh_tensors",
+        f"{what} drawn anew at every load",
+        (
+            f"The files lack {len(model.fresh) or 'some'} tensors ({named}{more}); two loads give "
+            "different weights, so what one run learns fits no other.",
+        ),
+        "certain",
+        "Draw them once and save them: colfolio init MODEL --out BASE, then train from BASE",
+    )
+
+
+def adapter(reading: Reading) -> Finding | RuledOut | None:
+    """Adapters that do nothing, or that were trained on another base."""
+    model = reading.evidence.model
+    if model is None or (model.adapter_effect is None and model.adapter_is_of_base is None):
+        return None
+    if model.adapter_is_of_base is False:
+        return Finding(
+            "adapter_of_another_base",
+            "the adapters were trained on another base than the one they lie on",
+            ("The hash of the base's weights is not the one that the adapters name.",),
+            "certain",
+            "Load them on the base that their contract names, or make it anew from its source",
+        )
+    if model.adapter_effect is not None and model.adapter_effect < _NO_EFFECT:
+        return Finding(
+            "adapter_not_loaded",
+            "the adapters have no effect: the model is its base",
+            (
+                f"Vectors with and without them differ by {model.adapter_effect:.1e}; trained "
+                "adapters change them.",
+            ),
+            "certain",
+            "Look at the names of the tensors in the adapter file: those that match no module of "
+            "the base are passed over by some loaders; colfolio check --model names them",
+        )
+    return RuledOut("adapter_not_loaded", "the adapters change the vectors and name this base")
+
+
+def positions(reading: Reading) -> Finding | RuledOut | None:
+    """Positions other than the model's scheme gives."""
+    model = reading.evidence.model
+    if model is None:
+        return None
+    if model.positions == "right":
+        return RuledOut("positions", "the positions that reach the decoder are those of its scheme")
+    told = _POSITIONS.get(model.positions, f"positions are {model.positions}")
+    return Finding(
+        f"positions_{model.positions.replace(' ', '_')}",
+        told,
+        (model.positions_told,) if model.positions_told else (),
+        "certain",
+        "Hand over the grids with the token ids, or position_ids of colfolio.mrope, in every call; "
+        "colfolio positions MODEL shows what reaches the decoder",
+    )
+
+
+def template(reading: Reading) -> Finding | RuledOut | None:
+    """Strings around queries and images that are not the contract's."""
+    model = reading.evidence.model
+    if model is None:
+        return None
+    if not model.template_faults:
+        return RuledOut("wrong_template", "queries and images get the contract's templates")
+    return Finding(
+        "wrong_template",
+        "queries or images are written otherwise than the checkpoint was trained with",
+        tuple(model.template_faults[:_NAMED]),
+        "certain",
+        "Take the templates of the checkpoint's contract, colfolio.json, or retrain with these",
+    )
+
+
+def padding(reading: Reading) -> Finding | RuledOut | None:
+    """Rows that are padded on the side that the model does not expect."""
+    model = reading.evidence.model
+    if model is None:
+        return None
+    if model.padding_side is None:
+        return RuledOut("padding_side", "no padding changes a vector")
+    return Finding(
+        "padding_side",
+        f"rows are padded on the {model.padding_side}, which changes the vectors",
+        ("The same row has other vectors alone than beside a longer one.",),
+        "certain",
+        "Set the tokenizer's padding_side to the other side, or pack the rows",
+    )
+
+
+def dead_part(reading: Reading) -> Finding | RuledOut | None:
+    """A part that is open and gets no gradient."""
+    if not reading.gradients:
+        return None
+    dead = [part for part, norm in reading.gradients.items() if norm == 0]
+    if not dead or len(dead) == len(reading.gradients):
+        return RuledOut("dead_part", "every open part gets a gradient")
+    others = ", ".join(
+        f"{part} {norm:.1e}" for part, norm in reading.gradients.items() if part not in dead
+    )
+    return Finding(
+        "dead_part",
+        f"no gradient reaches {' and '.join(dead)}, though open to train",
+        (f"The median gradient norm is 0 there, and elsewhere {others}.",),
+        "certain",
+        "Look for a detach, a no_grad or an output that is not used on the way from there to the "
+        "vectors; colfolio check names the parts that a step changes",
+    )
+
+
+def frozen_parts(reading: Reading) -> Finding | RuledOut | None:
+    """Parts with random weights that never train."""
+    model = reading.evidence.model
+    if model is None or reading.recent is None:
+        return None
+    held = {part: count for part, count in model.frozen.items() if part not in model.trains}
+    if not held:
+        return RuledOut("frozen_parts", "no part is wholly frozen")
+    if model.is_trained:
+        return RuledOut("frozen_parts", "what is frozen was trained before")
+    if not reading.is_poor:
+        return RuledOut("frozen_parts", "the loss falls with them frozen")
+    share = sum(held.values()) / max(1, sum(held.values()) + sum(model.trains.values()))
+    return Finding(
+        "frozen_parts",
+        f"{', '.join(held)} must learn and cannot: frozen at random weights",
+        (
+            f"{share:.0%} of the parameters are frozen as they were drawn, the rest moves, and the "
+            f"loss stands at {reading.recent.loss:.3f} with chance at {reading.recent.chance:.3f}.",
+        ),
+        "likely",
+        "Open them from the start, or by a stage of thaw",
+        {"train.frozen": "[]"},
+    )

@@ -1,0 +1,206 @@
+"""Causes that show in the scores: gone, rounded, too flat, too steep, or near their floor."""
+
+from __future__ import annotations
+
+from colfolio.diagnosis.causes.finding import Finding, RuledOut
+from colfolio.diagnosis.causes.reading import Reading
+from colfolio.diagnosis.causes.thresholds import (
+    FLAT_START,
+    HIGH_FLOOR,
+    LEARNT,
+    RANKED,
+    SAME_SCORES,
+    SCORE_ERROR,
+    STEEP_START,
+)
+
+
+def collapsed(reading: Reading) -> Finding | RuledOut | None:
+    """All documents score alike, and once did not."""
+    gone = reading.has_collapsed
+    level = reading.recent
+    if gone is None or level is None:
+        return None
+    if not gone or not reading.is_at_chance:
+        left = reading.spread_left
+        why = "the loss still moves" if left is None else f"{left:.0%} of the spread is left"
+        return RuledOut("collapsed", f"scores tell documents apart: {why}")
+    evidence = [f"The loss is {level.loss:.4f} and chance is {level.chance:.4f}."]
+    first, last = reading.first_probe, reading.last_probe
+    if first is not None and last is not None:
+        evidence.append(
+            f"Scores of a query spread by {last.spread:.2g}, and by {first.spread:.2g} before the "
+            f"first step; vectors of different documents have a cosine of "
+            f"{last.document_cosine:.3f}, their effective rank is {last.document_rank:.1f} of "
+            f"{last.dim}."
+        )
+    else:
+        evidence.append("It stands still at chance, which only equal scores do.")
+    return Finding(
+        "collapsed",
+        "the model has collapsed: it gives all documents the same score",
+        tuple(evidence),
+        "certain" if last is not None else "likely",
+        *_mend_of_collapse(reading),
+    )
+
+
+def _mend_of_collapse(reading: Reading) -> tuple[str, dict[str, str]]:
+    settled = reading.settled
+    if settled.loss == "pairwise":
+        return (
+            "The pairwise loss is least hurt by scores that are all equal, at any size of batch; "
+            "InfoNCE over many candidates is not: begin again from the base with it",
+            {"train.loss.kind": "info_nce"},
+        )
+    lower = None if settled.lr is None else f"{settled.lr / 3:.2g}"
+    return (
+        "Begin again from the base: a collapsed model gives no gradient back. A lower rate, a "
+        "longer warm-up or a higher temperature keeps it from collapsing",
+        {} if lower is None else {"train.optimiser.lr": lower},
+    )
+
+
+def images_unseen(reading: Reading) -> Finding | RuledOut | None:
+    """Documents have the same vectors though their images differ."""
+    probe, data = reading.first_probe, reading.evidence.data
+    if probe is None:
+        return None
+    if probe.document_cosine < 1 - 1e-6 or (data is not None and data.blank > LEARNT):
+        return RuledOut(
+            "images_unseen",
+            f"vectors of documents differ at the start (cosine {probe.document_cosine:.3f})",
+        )
+    return Finding(
+        "images_unseen",
+        "the model does not see the images: all documents have the same vectors",
+        (
+            f"Before the first step the mean cosine between vectors of different documents is "
+            f"{probe.document_cosine:.7f}, and their scores spread by {probe.spread:.1g}.",
+        ),
+        "certain",
+        "Look at what enters the vision tower: patches that are all alike, or image tokens that "
+        "its output never replaces",
+    )
+
+
+def queries_alike(reading: Reading) -> Finding | RuledOut | None:
+    """All queries have the same vectors."""
+    probe = reading.first_probe
+    if probe is None:
+        return None
+    if probe.query_cosine < 1 - 1e-6:
+        return RuledOut(
+            "queries_alike", f"queries differ at the start (cosine {probe.query_cosine:.3f})"
+        )
+    return Finding(
+        "queries_alike",
+        "all queries are the same to the model",
+        (
+            f"Before the first step vectors of different queries have a mean cosine of "
+            f"{probe.query_cosine:.7f}.",
+        ),
+        "certain",
+        "Read the queries as they enter the model: empty texts, a column of another name, or a "
+        "template that leaves the query out",
+    )
+
+
+def rounded_scores(reading: Reading) -> Finding | RuledOut | None:
+    """Scores kept in too few bits to be told apart."""
+    probe = reading.first_probe
+    if probe is None:
+        return None
+    is_rough = probe.score_error > SCORE_ERROR and probe.distinct_scores < SAME_SCORES
+    if not is_rough:
+        return RuledOut(
+            "rounded_scores", f"scores are exact to {probe.score_error:.1g} of their spread"
+        )
+    return Finding(
+        "rounded_scores",
+        "scores are rounded until they can no longer be told apart",
+        (
+            f"They differ from a product in float64 by up to {probe.score_error:.0%} of their "
+            f"spread, and {probe.distinct_scores:.0%} of them are distinct.",
+        ),
+        "certain",
+        "Compute MaxSim and the loss in float32, whatever the model's precision is",
+    )
+
+
+def steep_start(reading: Reading) -> Finding | RuledOut | None:
+    """A temperature that makes the first scores decide everything."""
+    probe = reading.first_probe
+    if probe is None or reading.settled.loss != "info_nce":
+        return None
+    temperature = reading.settled.temperature
+    steepness = probe.spread / temperature
+    if steepness < STEEP_START or probe.loss < 1.5 * probe.chance or not reading.is_poor:
+        return RuledOut(
+            "temperature_too_low",
+            f"scores spread by {steepness:.2g} temperatures before the first step",
+        )
+    return Finding(
+        "temperature_too_low",
+        "the temperature is too low for scores that know nothing yet",
+        (
+            f"Before the first step scores spread by {steepness:.1f} times the temperature "
+            f"{temperature:g}: the loss begins at {probe.loss:.2f}, chance is {probe.chance:.2f}, "
+            "and equal scores are then the fastest way down.",
+        ),
+        "likely",
+        "Raise it until the loss begins near chance",
+        {"train.loss.temperature": f"{max(temperature, probe.spread):.2g}"},
+    )
+
+
+def flat_start(reading: Reading) -> Finding | RuledOut | None:
+    """Initial scores, or a temperature, that leave hardly a difference to learn from."""
+    probe = reading.first_probe
+    if probe is None or reading.recent is None or reading.settled.loss == "pairwise":
+        return None
+    flatness = probe.spread / reading.settled.temperature
+    if flatness > FLAT_START or not reading.is_poor:
+        return RuledOut(
+            "flat_start", f"scores spread by {flatness:.2g} temperatures before the first step"
+        )
+    is_warm = reading.settled.temperature > 2
+    return Finding(
+        "temperature_too_high" if is_warm else "flat_start",
+        "the temperature is so high that scores hardly matter"
+        if is_warm
+        else "scores hardly differ before the first step",
+        (
+            f"They spread by {probe.spread:.2g}, {flatness:.2g} of the temperature "
+            f"{reading.settled.temperature:g}, so that the gradient hardly tells one document from "
+            "another.",
+        ),
+        "likely",
+        "Lower the temperature" if is_warm else "Draw the weights wider, or lower the temperature",
+        {"train.loss.temperature": f"{max(probe.spread, 1e-3):.2g}"},
+    )
+
+
+def high_floor(reading: Reading) -> Finding | RuledOut | None:
+    """A loss that looks stuck and is nearly as low as its scores can take it."""
+    level, accuracy = reading.recent, reading.accuracy
+    if level is None or level.floor <= 0:
+        return None
+    share = level.floor / level.chance
+    is_ranking = accuracy is not None and accuracy >= RANKED
+    if share < HIGH_FLOOR or not (is_ranking or level.way > LEARNT or share > 0.7):
+        return RuledOut("temperature_floor", f"the loss can go down to {level.floor:.3f}")
+    temperature = reading.settled.temperature
+    ranked = "" if accuracy is None else f" {accuracy:.0%} of the queries rank their answer first."
+    return Finding(
+        "temperature_floor",
+        "the loss cannot go much lower at this temperature",
+        (
+            f"It is {level.loss:.3f}; scores at the ends of their range would give "
+            f"{level.floor:.3f}, scores without information {level.chance:.3f}.{ranked}",
+        ),
+        "certain",
+        "Judge the run by accuracy, margin and validation, not by the loss; a lower temperature "
+        "lets it fall further",
+        {"train.loss.temperature": f"{temperature / 4:.2g}"},
+    )
