@@ -184,7 +184,7 @@ def flat_start(reading: Reading) -> Finding | RuledOut | None:
 def high_floor(reading: Reading) -> Finding | RuledOut | None:
     """A loss that looks stuck and is nearly as low as its scores can take it."""
     level, accuracy = reading.recent, reading.accuracy
-    if level is None or level.floor <= 0:
+    if level is None or all(step.floor is None for step in reading.steps):
         return None
     share = level.floor / level.chance
     is_ranking = accuracy is not None and accuracy >= RANKED
