@@ -82,5 +82,16 @@ def commit() -> str:
     return told.stdout.strip() or "unknown"
 
 
+def package() -> str:
+    """The hash of the package's files as they are committed; benchmarks and docs are no part."""
+    told = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD:colfolio"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return told.stdout.strip() or "unknown"
+
+
 if __name__ == "__main__":
     main()

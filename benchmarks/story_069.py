@@ -5,6 +5,7 @@
 Trains the demo's model on the demo's data, from the same random weights for a seed, over and over:
 
 - *batch*: pairwise softplus and InfoNCE with 3, 16, 64 and 256 rows, 600 steps each;
+- *rate*: both with 3 and 64 rows, at a half and a seventh of the rate;
 - *patience*: both with 3 rows and as many rows in all as 64 rows have in 600 steps;
 - *scale*: both with 64 rows and half the initial spread of all weights;
 - *temperature*: both with 64 rows, scores divided by 0.2 (0.02 on a mean over ten query tokens) and
@@ -14,7 +15,7 @@ Kept of each run: loss, chance level, floor, margin, spread of scores and share 
 few steps, and nDCG@5 over the validation headings at the end. Writes
 `benchmarks/results/story_069.json` and `docs/stories/loss_069.png`. `--quick` does it with coloured
 shapes and a few runs in two minutes, and writes into the folder of `--out` alone. The results are
-written after every run, and what stands there of the same commit is not run again, so that an
+written after every run, and what stands there of the same package is not run again, so that an
 hour's work can be done in parts.
 """
 
@@ -32,7 +33,7 @@ from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import torch
-from demo import commit, machine
+from demo import commit, machine, package
 from story_shapes import SHAPE, write_shapes
 
 from colfolio.commands.prepare import prepare_command
@@ -49,6 +50,7 @@ PICTURE = ROOT / "docs" / "stories" / "loss_069.png"
 Kind = Literal["pairwise", "info_nce"]
 KINDS: tuple[Kind, Kind] = ("pairwise", "info_nce")
 METRIC = "ndcg@5"
+RATE = 2e-3  # the demo's
 POINTS = 60  # of a curve
 COLOURS = {3: "#c0392b", 16: "#e08e0b", 64: "#2471a3", 256: "#1e8449"}
 
@@ -63,6 +65,7 @@ class Arm:
     steps: int
     scale: float = 1.0
     temperature: float = 1.0
+    rate: float = RATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,6 @@ class Setting:
     shape: Shape
     train: RetrievalDataset
     validation: RetrievalDataset
-    learning_rate: float
     threads: int
 
 
@@ -120,7 +122,7 @@ def main() -> None:
         make = quick_setting if options.quick else demo_setting
         setting = make(Path(scratch), options.threads)
         by_chance = chance_ndcg(setting.validation)
-        runs = known_runs(results)
+        runs = [run for run in known_runs(results) if run.arm in arms and run.seed in seeds]
         for run in new_runs(setting, arms, seeds, runs):
             runs.append(run)
             write(runs, by_chance, setting, results)
@@ -131,11 +133,11 @@ def main() -> None:
 
 
 def known_runs(path: Path) -> list[Run]:
-    """Runs that an earlier call left, if they are of this commit."""
+    """Runs that an earlier call left, if they are of this package."""
     if not path.exists():
         return []
     record = json.loads(path.read_text(encoding="utf-8"))
-    if record["commit"] != commit():
+    if record["package"] != package():
         return []
     return [
         Run(
@@ -153,6 +155,7 @@ def write(runs: list[Run], by_chance: float, setting: Setting, path: Path) -> No
     record = {
         "machine": machine(),
         "commit": commit(),
+        "package": package(),
         "chance_ndcg": by_chance,
         "candidates": len(setting.validation.corpus.ids),
         "runs": [asdict(run) for run in runs],
@@ -170,7 +173,13 @@ def all_arms() -> list[Arm]:
         for number in (0.2, 10.0)
         for kind in KINDS
     ]
-    return batch + scale + temperature + patience
+    rate = [
+        Arm("rate", kind, rows, 600, rate=number)
+        for number in (1e-3, 3e-4)
+        for rows in (3, 64)
+        for kind in KINDS
+    ]
+    return batch + scale + temperature + rate + patience
 
 
 def quick_arms() -> list[Arm]:
@@ -179,21 +188,21 @@ def quick_arms() -> list[Arm]:
 
 
 def demo_setting(scratch: Path, threads: int) -> Setting:
-    """The demo's data and model; the demo's own learning rate."""
+    """The demo's data and model."""
     prepare_command(bundled("documents"), scratch / "strips", "strip", ["train", "validation"])
     shape = load_settings(bundled("shape.yaml"), Shape)
-    return _setting(scratch / "strips", shape, 2e-3, threads)
+    return _setting(scratch / "strips", shape, threads)
 
 
 def quick_setting(scratch: Path, threads: int) -> Setting:
     """Coloured shapes, and a model that learns them in seconds."""
     write_shapes(scratch / "shapes", {"train": 512, "validation": 128})
-    return _setting(scratch / "shapes", Shape.model_validate(SHAPE), 2e-3, threads)
+    return _setting(scratch / "shapes", Shape.model_validate(SHAPE), threads)
 
 
-def _setting(folder: Path, shape: Shape, learning_rate: float, threads: int) -> Setting:
+def _setting(folder: Path, shape: Shape, threads: int) -> Setting:
     splits = load_dataset(folder, "train"), load_dataset(folder, "validation")
-    return Setting(shape, *splits, learning_rate, threads)
+    return Setting(shape, *splits, threads)
 
 
 def new_runs(
@@ -224,7 +233,7 @@ def run_arm(setting: Setting, arm: Arm, seed: int) -> Run:
             "memory": {"chunk_tokens": 4096},
             "loss": {"kind": arm.kind, "temperature": arm.temperature},
             "optimiser": {
-                "lr": setting.learning_rate,
+                "lr": arm.rate,
                 "betas": (0.9, 0.98),
                 "weight_decay": 0.01,
                 "warmup_steps": min(60, arm.steps // 10),
@@ -310,6 +319,8 @@ def told(arm: Arm) -> str:
         return f"initial weights x {arm.scale:g}"
     if arm.temperature != 1:
         return f"temperature {arm.temperature:g}"
+    if arm.rate != RATE:
+        return f"rate {arm.rate:g}"
     return "as long as 64 rows" if arm.group == "patience" else "plain"
 
 
