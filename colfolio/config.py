@@ -7,21 +7,39 @@ knows how to read and write them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from colfolio.errors import RecipeError
+
+# what pydantic says, in words of YAML
+_WORDS = (
+    (re.compile(r"a valid dictionary or instance of \w+"), "a mapping of keys to values"),
+    (re.compile("a valid tuple"), "a list"),
+    (re.compile("^Tuple"), "List"),
+)
+_BRACKETS = re.compile(r"\w+\[[^\[\]\n]*\]")
 
 
 class Settings(BaseModel):
     """Base of all settings: frozen, typed, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth(cls, value: object, about: Any) -> object:
+        """Python takes `true` for the number 1; a recipe and a file do not mean that."""
+        kind = cls.model_fields[about.field_name or ""].annotation
+        if _has_truth(value) and not _admits_truth(kind):
+            raise ValueError(f"received {value!r}, and takes neither true nor false")
+        return value
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -47,7 +65,8 @@ def load_settings(
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_faults(error, lambda key: _place(path, key, overrides))) from None
+        faults = _faults(error, values, lambda key: _place(path, key, overrides))
+        raise RecipeError(faults) from None
 
 
 def validated(values: object, kind: type[AnySettings], origin: str) -> AnySettings:
@@ -55,7 +74,7 @@ def validated(values: object, kind: type[AnySettings], origin: str) -> AnySettin
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        faults = _faults(error, lambda _: "")
+        faults = _faults(error, values, lambda _: "")
         raise RecipeError(f"{origin}: {faults}") from None
 
 
@@ -110,7 +129,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     try:
         values[leaf] = yaml.load(text, Loader=_RecipeLoader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: is not valid YAML: {error}") from None
+        raise RecipeError(f"override {override!r}: {_yaml_fault(error)[1]}") from None
 
 
 def to_yaml(settings: Settings) -> str:
@@ -124,7 +143,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: is not valid YAML: {error}") from None
+        line, told = _yaml_fault(error)
+        raise RecipeError(f"{path}:{line}: {told}" if line else f"{path}: {told}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
     return values
@@ -139,21 +159,90 @@ def _place(path: Path, key: str, overrides: Sequence[str]) -> str:
     return f"{path}: " if line is None else f"{path}:{line}: "
 
 
-def _faults(error: ValidationError, place: Callable[[str], str]) -> str:
-    """All faults in one line, each behind its place."""
-    faults = []
+def _yaml_fault(error: yaml.YAMLError | UnicodeDecodeError) -> tuple[int, str]:
+    """The line that a reader of YAML stopped at, 0 if unknown, and what is wrong with it."""
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    if mark is None:
+        return 0, f"is not valid YAML: {error}"
+    for found in _BRACKETS.finditer(mark.buffer or ""):
+        if found.start() <= mark.pointer < found.end():
+            told = f'in a list between brackets it stands in quotes, "{found[0]}"'
+            return mark.line + 1, f"{found[0]} has brackets; {told}"
+    return mark.line + 1, f"is not valid YAML: {error}"
+
+
+def _faults(error: ValidationError, values: object, place: Callable[[str], str]) -> str:
+    """All faults in one line, each behind its place.
+
+    Args:
+        values: what was received.
+    """
+    by_key: dict[str, list[ErrorDetails]] = {}
     for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            faults.append(f"{place(key)}unknown key {key!r}")
+        by_key.setdefault(_key_of(fault["loc"], values), []).append(fault)
+    return "; ".join(
+        f"{place(key)}{_told_of_key(key, faults)}"
+        for key, faults in by_key.items()
+        if not _is_echo(key, faults, by_key)
+    )
+
+
+def _key_of(location: tuple[str | int, ...], values: object) -> str:
+    """A fault's key as a recipe has it: pydantic also names the kinds that a value may be of."""
+    names: list[str] = []
+    for name in location:
+        if not isinstance(values, Mapping | list | tuple):
+            break
+        names.append(str(name))
+        if isinstance(values, Mapping):
+            values = values.get(name)
         else:
-            message = fault["msg"].removeprefix("Value error, ")
-            received = fault["input"]
-            # of a mapping the key says enough
-            is_plain = received is None or isinstance(received, str | int | float | list)
-            told = f"{message}{f', not {received!r}' if is_plain else ''}"
-            faults.append(f"{place(key)}{key or 'recipe'}: {told}")
-    return "; ".join(faults)
+            values = values[name] if isinstance(name, int) and name < len(values) else None
+    return ".".join(names)
+
+
+def _is_echo(key: str, faults: Sequence[ErrorDetails], by_key: Mapping[str, object]) -> bool:
+    """Whether a list is too short only because something in it is wrong."""
+    is_short = all(fault["type"] == "too_short" for fault in faults)
+    return is_short and any(other.startswith(f"{key}.") for other in by_key)
+
+
+def _told_of_key(key: str, faults: Sequence[ErrorDetails]) -> str:
+    """What is wrong with the value of a key; of several kinds that it is not, all."""
+    if faults[0]["type"] == "extra_forbidden":
+        return f"unknown key {key!r}"
+    message = ", or ".join(_in_words(fault["msg"]) for fault in faults)
+    received = faults[0]["input"]
+    # of a mapping the key says enough; of a length the message does, as those of ours mostly do
+    kind = faults[0]["type"]
+    is_ours = kind == "value_error" and repr(received) in message
+    is_said = is_ours or kind in ("missing", "too_short", "too_long")
+    is_plain = received is None or isinstance(received, str | int | float | list)
+    ending = f", not {received!r}" if is_plain and not is_said else ""
+    return f"{key or 'recipe'}: {message}{ending}"
+
+
+def _in_words(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    for pattern, words in _WORDS:
+        message = pattern.sub(words, message)
+    return message
+
+
+def _has_truth(value: object) -> bool:
+    """Whether there is true or false in a value, not counting what other settings check."""
+    if isinstance(value, Mapping):
+        return any(map(_has_truth, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_truth, value))
+    return isinstance(value, bool)
+
+
+def _admits_truth(kind: Any) -> bool:
+    """Whether a field may hold true or false, or settings that check that for themselves."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return True
+    return kind in (bool, Any) or any(map(_admits_truth, get_args(kind)))
 
 
 class _RecipeLoader(yaml.SafeLoader):

@@ -11,7 +11,7 @@ from colfolio.training import train
 
 
 def watched(state, dataset, table, after_step=lambda: None):
-    """The reports of a run to its end; raises if other parameters change than a table says.
+    """The reports of a run to its end; raises if other tensors change than a table says.
 
     Args:
         table: from which step on, counted from 0, which selectors of the model as it then is.
@@ -33,11 +33,12 @@ def watched(state, dataset, table, after_step=lambda: None):
 
 
 def tensors_of(model):
-    """Every parameter, whole, by the name that it has without adapters beside it."""
-    return {
-        plain_name(name): whole(parameter.detach()).clone()
-        for name, parameter in model.named_parameters()
-    }
+    """Every tensor, whole, by the name that it has without adapters beside it.
+
+    Also those that no run may change: what adapters keep of the base, and inverse frequencies.
+    """
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {plain_name(name): whole(tensor.detach()).clone() for name, tensor in named.items()}
 
 
 def plain_name(name):

@@ -69,8 +69,8 @@ def add_lora(retriever: ProjectedBackbone, settings: LoraSettings, seed: int) ->
         seed: of the matrices A; B is zero. Equal seeds give equal weights on every machine.
 
     Raises:
-        ColfolioError: peft is missing, the retriever has an adapter, or a name of the settings is
-            of no linear layer.
+        ColfolioError: peft is missing, or the retriever has an adapter.
+        RecipeError: a name of the settings is of no linear layer.
     """
     _refuse_second(retriever)
     root = _root(retriever)

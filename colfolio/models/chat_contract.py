@@ -19,6 +19,7 @@ from colfolio.models.contract import Contract, Source, check_contract, hash_weig
 from colfolio.models.families import family_of, position_scheme_of
 from colfolio.models.files import parse_json, write_json
 from colfolio.models.formats.images import pixel_budget_of
+from colfolio.models.seal import check_files, check_hash, check_seal, file_hashes, seal_of
 from colfolio.mrope import Qwen3VL
 
 CHAT_CONTRACT_FILE = "colfolio_chat.json"
@@ -34,12 +35,12 @@ class ChatContract(Settings):
         format: version of this file.
         templates: the strings around what is seen, question and answer.
         pixel_budget, position_scheme, frame_rate: as in `Contract`.
-        source: where the weights were read from that these came of.
+        source, loaded_from: as in `Contract`.
         versions: of packages, when the file was written.
         recipe, data, metrics: as in `Contract`.
         assumed: what the files of another library did not say and was filled in, or had to be
             drawn, in sentences.
-        weights_hash: SHA-256 of the weights beside this file; empty in memory.
+        weights_hash, files, seal: as in `Contract`; empty in memory.
     """
 
     format: int = _FORMAT
@@ -48,12 +49,15 @@ class ChatContract(Settings):
     position_scheme: str | dict[str, Any]
     frame_rate: float = Field(default=2.0, gt=0)
     source: Source | None = None
+    loaded_from: Source | None = None
     versions: dict[str, str] = Field(default={})
     recipe: dict[str, Any] | None = None
     data: dict[str, str] = Field(default={})
     metrics: dict[str, float] = Field(default={})
     assumed: tuple[str, ...] = ()
     weights_hash: str = ""
+    files: dict[str, str] = Field(default={})
+    seal: dict[str, str] = Field(default={})
 
     def deciding(self) -> str:
         """The fields that decide an answer, as JSON."""
@@ -101,34 +105,66 @@ def check_chat_contract(contract: ChatContract, config: PretrainedConfig, origin
 
 
 def save_chat_contract(contract: ChatContract, folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write the contract as the last file of a folder.
+    """Write the contract, sealed, as the last file of a folder.
 
     Args:
         weights: of the folder, by the names of `Generator.weights`.
     """
-    updated = {"versions": versions(), "weights_hash": hash_weights(weights)}
-    whole = contract.model_copy(update=updated)
-    write_json(whole.model_dump(mode="json"), folder / CHAT_CONTRACT_FILE)
+    updated = {
+        "versions": versions(),
+        "weights_hash": hash_weights(weights),
+        "files": file_hashes(folder),
+        "seal": {},
+    }
+    # validated anew, so that every field of every part counts as set
+    whole = ChatContract.model_validate(contract.model_dump() | updated)
+    sealed = whole.model_copy(update={"seal": seal_of(whole)})
+    write_json(sealed.model_dump(mode="json"), folder / CHAT_CONTRACT_FILE)
 
 
-def load_chat_contract(folder: Path, weights: Mapping[str, Tensor]) -> ChatContract:
-    """Read the contract of a checkpoint, once its weights are known to be those that were saved.
+def load_chat_contract(folder: Path) -> ChatContract:
+    """Read the contract of a checkpoint.
 
     Raises:
-        CheckpointError: the file is damaged or of another format, or the weights are others.
+        CheckpointError: the file is missing, damaged or of another format, or a file beside it is
+            not the one that was saved.
     """
     path = folder / CHAT_CONTRACT_FILE
     try:
         values = parse_json(path.read_text(encoding="utf-8"))
+        _check_format(values, path)
         contract = validated(values, ChatContract, str(path))
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RecipeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if contract.format != _FORMAT:
-        raise CheckpointError(f"{path}: format {contract.format}, this version reads {_FORMAT}")
-    found = hash_weights(weights)
-    if contract.weights_hash not in ("", found):
-        raise CheckpointError(
-            f"{folder}: the weights are not those that were saved: weights_hash is "
-            f"{contract.weights_hash}, but they have {found}; copy the folder again"
-        )
-    return contract.model_copy(update={"weights_hash": ""})
+    check_files(folder, contract.files, CHAT_CONTRACT_FILE)
+    return contract
+
+
+def check_saved_chat(
+    contract: ChatContract, weights: Mapping[str, Tensor], origin: str
+) -> ChatContract:
+    """The contract of a folder once it and the weights are known to be what was saved.
+
+    Args:
+        weights: all of the folder, by the names of `Generator.weights`.
+
+    Returns:
+        The contract without hashes and seal, which hold for the folder alone.
+
+    Raises:
+        CheckpointError: a field or the weights were changed since.
+    """
+    has_hash = bool(contract.weights_hash)
+    check_seal(contract, contract.seal, CHAT_CONTRACT_FILE, origin, has_hash=has_hash)
+    if has_hash:
+        check_hash(contract.weights_hash, hash_weights(weights), "weights_hash", origin)
+    return contract.model_copy(update={"weights_hash": "", "files": {}, "seal": {}})
+
+
+def _check_format(values: Any, path: Path) -> None:
+    """Before all else: another format has keys that are not known here."""
+    number = values.get("format", _FORMAT) if isinstance(values, dict) else _FORMAT
+    if number != _FORMAT:
+        raise CheckpointError(f"{path}: format {number!r}, this version reads {_FORMAT}")

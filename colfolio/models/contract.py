@@ -19,12 +19,12 @@ from colfolio.data.patches import PixelBudget
 from colfolio.data.prompts import Templates
 from colfolio.errors import CheckpointError, RecipeError
 from colfolio.models.families import position_scheme_of
-from colfolio.models.files import CONFIG_FILE, TOKENIZER_FILE, parse_json
+from colfolio.models.files import parse_json
+from colfolio.models.seal import check_files, check_hash, check_seal, file_hashes, seal_of
 
 CONTRACT_FILE = "colfolio.json"
 PROJECTION = "custom_text_proj."
 _FORMAT = 1
-_FILES = (CONFIG_FILE, TOKENIZER_FILE)
 _DECIDING = {
     "dim",
     "templates",
@@ -117,17 +117,16 @@ def save_contract(
     The seal tells of edits by hand and of damage, not of forgery.
     """
     found = "" if weights is None else hash_weights(weights)
-    files = {name: _hash_file(folder / name) for name in _FILES if (folder / name).is_file()}
     updated = {
         "versions": versions(),
         "weights_hash": found,
         "plan_hash": plan_hash,
-        "files": files,
+        "files": file_hashes(folder),
         "seal": {},
     }
     # validated anew, so that every field of every part counts as set
     whole = Contract.model_validate(contract.model_dump() | updated)
-    sealed = whole.model_copy(update={"seal": _seal(whole)})
+    sealed = whole.model_copy(update={"seal": seal_of(whole)})
     text = json.dumps(sealed.model_dump(mode="json"), indent=2, ensure_ascii=False)
     (folder / CONTRACT_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -153,8 +152,7 @@ def load_contract(folder: Path) -> Contract:
         raise
     except (OSError, ValueError, RecipeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    for name in _FILES:
-        _check_file(folder / name, contract.files.get(name))
+    check_files(folder, contract.files, CONTRACT_FILE)
     return contract
 
 
@@ -197,25 +195,13 @@ def check_saved(contract: Contract, weights: Mapping[str, Tensor], origin: str) 
         CheckpointError: a field or the weights were changed since, or weights that say they are a
             base have another projection than the one drawn.
     """
-    if contract.weights_hash and not contract.seal:
-        raise CheckpointError(
-            f"{origin}: {CONTRACT_FILE} has a weights_hash and no seal, with which it was saved, "
-            "so it was changed since; take the file as it was"
-        )
-    found = _seal(contract)
-    changed = sorted(
-        name for name in found | contract.seal if found.get(name) != contract.seal.get(name)
-    )
-    if contract.seal and changed:
-        told = ", ".join(f"{name} (now {getattr(contract, name, None)!r})" for name in changed)
-        raise CheckpointError(
-            f"{origin}: {CONTRACT_FILE} was changed after it was saved: {told}; take the file as "
-            "it was, or set `retriever.contract` and save the model anew"
-        )
-    if contract.weights_hash:
-        _check_hash(contract.weights_hash, weights, "weights_hash", origin)
+    has_hash = bool(contract.weights_hash)
+    check_seal(contract, contract.seal, CONTRACT_FILE, origin, has_hash=has_hash)
+    if has_hash:
+        check_hash(contract.weights_hash, hash_weights(weights), "weights_hash", origin)
     if contract.projection_hash and contract.weights_hash == contract.base_hash:
-        _check_hash(contract.projection_hash, projection_of(weights), "projection_hash", origin)
+        found = hash_weights(projection_of(weights))
+        check_hash(contract.projection_hash, found, "projection_hash", origin)
     return contract.model_copy(
         update={"weights_hash": "", "plan_hash": "", "files": {}, "seal": {}}
     )
@@ -256,41 +242,6 @@ def _check_format(values: object, path: Path) -> None:
         )
     if number != _FORMAT:
         raise CheckpointError(f"{path}: format {number!r}, this version reads {_FORMAT}")
-
-
-def _check_file(path: Path, promised: str | None) -> None:
-    if promised is None:
-        return
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent}: no {path.name}, which {CONTRACT_FILE} names")
-    found = _hash_file(path)
-    if found != promised:
-        raise CheckpointError(
-            f"{path}: was changed after it was saved: {CONTRACT_FILE} says SHA-256 {promised}, it "
-            f"has {found}; take the file as it was"
-        )
-
-
-def _hash_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _check_hash(promised: str, weights: Mapping[str, Tensor], field: str, origin: str) -> None:
-    found = hash_weights(weights)
-    if found != promised:
-        raise CheckpointError(
-            f"{origin}: the weights are not those that were saved: {field} is {promised}, but "
-            f"they have {found}; copy the folder again"
-        )
-
-
-def _seal(contract: Contract) -> dict[str, str]:
-    """A digest of each field that was set; fields that a later version adds are not."""
-    values = contract.model_dump(mode="json", exclude={"seal"}, exclude_unset=True)
-    return {
-        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-        for name, value in values.items()
-    }
 
 
 def _differences(ours: Any, theirs: Any, name: str) -> list[str]:

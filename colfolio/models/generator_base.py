@@ -1,4 +1,4 @@
-"""A generator to train from: drawn from a shape, or a decoder grafted onto a vision tower."""
+"""A generator to train from: published weights, a shape alone, or a decoder with a vision tower."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from colfolio.models.contract import Source
 from colfolio.models.drawing import draw_normal, draw_weights
 from colfolio.models.families import family_of, position_scheme_of
 from colfolio.models.generator import Generator
-from colfolio.models.generator_files import HEAD, assemble_generator, is_tied
+from colfolio.models.generator_files import HEAD, assemble_generator, is_tied, read_generator
 from colfolio.models.grafting import grafted_backbone
-from colfolio.models.hub import locate
+from colfolio.models.hub import Location, locate
 from colfolio.models.shape import SPECIAL_TOKENS, Shape, config_of_shape
 from colfolio.models.weights import read_weights
 
@@ -62,12 +62,30 @@ def generator_from_shape(
     return Generator(*assemble_generator(config, weights, origin), tokenizer, contract)
 
 
+def generator_from_weights(path_or_id: str | Path, revision: str | None = None) -> Generator:
+    """A generator of published weights with their head; nothing is drawn.
+
+    Images enter as the folder's processor says, so that what it was trained on stays what it sees.
+
+    Raises:
+        CheckpointError: the weights are not exactly those of the towers and the head, or they are
+            those of a retriever.
+    """
+    location = locate(path_or_id, revision)
+    generator = Generator(*read_generator(location))
+    source = generator.contract.source or _source(location)
+    generator.contract = generator.contract.model_copy(update={"source": source})
+    return generator
+
+
 def generator_from_graft(
     decoder: str | Path,
     vision: str | Path,
     seed: int,
     scheme: str | None = None,
     templates: ChatTemplates | None = None,
+    revision: str | None = None,
+    vision_revision: str | None = None,
 ) -> Generator:
     """A language model with M-RoPE and the vision tower of a Qwen2-VL; its head is its own.
 
@@ -77,12 +95,13 @@ def generator_from_graft(
         decoder, vision: hub ids or folders, see `grafted_backbone`.
         scheme: of positions; None takes that of a decoder grafted before, or else `qwen2_vl`.
         templates: None takes those of Qwen2-VL.
+        revision, vision_revision: of the decoder's and the tower's hub ids.
 
     Raises:
         CheckpointError: the weights are not exactly those of the towers and the head, or the towers
             do not fit together.
     """
-    sources = locate(decoder), locate(vision)
+    sources = locate(decoder, revision), locate(vision, vision_revision)
     text, tower = (location.folder for location in sources)
     origin = f"{text} with the vision tower of {tower}"
     found = grafted_backbone(text, tower, SPECIAL_TOKENS, scheme, seed)
@@ -93,15 +112,19 @@ def generator_from_graft(
         weights[HEAD] = weights[HEAD].to(next(iter(found.weights.values())).dtype)
         drawn += more
     contract = first_contract(tower, found.config, templates)
-    names = [each.hub_id or each.folder.resolve().name for each in sources]
-    updated = {
-        "source": Source(name=" + ".join(names)),
-        "assumed": (*drawn, *contract.assumed),
-    }
+    updated = {"source": _source(*sources), "assumed": (*drawn, *contract.assumed)}
     contract = contract.model_copy(update=updated)
     check_chat_contract(contract, found.config, origin)
     parts = assemble_generator(found.config, weights, origin)
     return Generator(*parts, found.tokenizer, contract)
+
+
+def _source(*locations: Location) -> Source:
+    """Hub ids and their commits; of a folder the name alone, as its path is of this machine."""
+    names = [each.hub_id or each.folder.resolve().name for each in locations]
+    commits = [each.commit or "no commit" for each in locations]
+    has_commit = any(each.commit for each in locations)
+    return Source(name=" + ".join(names), revision=" + ".join(commits) if has_commit else None)
 
 
 def _head(folder: Path, rows: int, seed: int) -> tuple[Tensor, list[str]]:

@@ -21,6 +21,7 @@ from colfolio.models.chat_contract import (
     CHAT_CONTRACT_FILE,
     ChatContract,
     check_chat_contract,
+    check_saved_chat,
     first_contract,
     load_chat_contract,
     save_chat_contract,
@@ -36,6 +37,7 @@ from colfolio.models.files import (
     CONFIG_FILE,
     load_config,
     load_tokenizer,
+    read_json,
     save_tokenizer,
     whole_folder,
     write_json,
@@ -47,6 +49,8 @@ from colfolio.models.linear import FastLinear, linear
 from colfolio.models.weights import WEIGHTS_FILE, check_dtypes, read_weights, write_weights
 
 HEAD = "lm_head.weight"
+# whichever class their configuration names, folders with one of these hold vectors
+_OF_RETRIEVERS = (CONTRACT_FILE, "adapter_config.json", "modules.json")
 _EMBEDDING = "language_model.embed_tokens.weight"
 # of `transformers`: the class with a head, and its processor
 _CLASSES = {
@@ -96,7 +100,7 @@ def assemble_generator(
         CheckpointError: the configuration fits no model, or the weights are not exactly those of
             the architecture; all missing and unexpected names are listed.
     """
-    backbone: Any = empty_backbone(config, origin)
+    backbone, head = empty_generator(config, origin)
     expected = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
     if not is_tied(config):
         expected[HEAD] = expected[_EMBEDDING]
@@ -105,12 +109,23 @@ def assemble_generator(
     rest = {name: tensor for name, tensor in weights.items() if name != HEAD}
     backbone.load_state_dict(rest, strict=True, assign=True)
     restore_buffers(backbone)
+    if not is_tied(config):
+        head.load_state_dict({"weight": weights[HEAD]}, strict=True, assign=True)
+    return backbone, head
+
+
+def empty_generator(config: PretrainedConfig, origin: str) -> tuple[PreTrainedModel, nn.Module]:
+    """Backbone and head of a configuration on the meta device.
+
+    Raises:
+        CheckpointError: no model has this configuration.
+    """
+    backbone: Any = empty_backbone(config, origin)
     embedding = backbone.language_model.embed_tokens
     if is_tied(config):
         return backbone, TiedHead(embedding)
     with torch.device("meta"):
         head = FastLinear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
-    head.load_state_dict({"weight": weights[HEAD]}, strict=True, assign=True)
     return backbone, head
 
 
@@ -120,30 +135,72 @@ def read_generator(
     """Backbone, head, tokenizer and contract of a folder; a hub id's commit is pinned.
 
     Raises:
-        CheckpointError: a file is missing or damaged, the tensors are not exactly those of the
-            architecture, or the folder holds a retriever.
+        CheckpointError: a file is missing or damaged, or not the one that was saved, the tensors
+            are not exactly those of the architecture, or the folder holds a retriever.
     """
-    folder = location.folder
+    folder, origin = location.folder, str(location.folder)
+    config, contract = read_promises(folder)
+    weights = _read_weights(folder, config)
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, config, origin)
+    backbone, head = assemble_generator(config, weights, origin)
+    contract = check_saved_chat(contract, weights, origin)
+    if location.hub_id is not None:
+        here = Source(name=location.hub_id, revision=location.commit)
+        updated = {"loaded_from": here, "source": contract.source or here}
+        contract = contract.model_copy(update=updated)
+    return backbone, head, tokenizer, contract
+
+
+def is_generator(folder: Path) -> bool:
+    """Whether a folder says that it holds a model with a language-model head.
+
+    One of ours says so by its contract, a published one by the class in its configuration.
+    """
+    if (folder / CHAT_CONTRACT_FILE).is_file():
+        return True
+    if any((folder / name).exists() for name in _OF_RETRIEVERS):
+        return False
+    config = folder / CONFIG_FILE
+    named = read_json(config).get("architectures") if config.is_file() else None
+    return isinstance(named, list) and any(named == [each] for each, _ in _CLASSES.values())
+
+
+def refuse_generator(folder: Path) -> None:
+    """Refuse a folder of a generator where a retriever is needed.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if is_generator(folder):
+        raise CheckpointError(
+            f"{folder}: is a generator, whose head gives words, so it has no vectors; make the "
+            f"base of a retriever from it with `colfolio init {folder} --out FOLDER`, or set "
+            "train.objective to generation"
+        )
+
+
+def read_promises(folder: Path) -> tuple[PretrainedConfig, ChatContract]:
+    """Configuration and contract of a folder, which fit one another; no weights are read.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or not the one that was saved, or the folder
+            holds a retriever.
+    """
     if (folder / CONTRACT_FILE).exists():
         raise CheckpointError(
             f"{folder}: is a retriever ({CONTRACT_FILE}), whose head gives vectors, so "
             "it generates no text; train.objective: generation starts from a model with a "
             "language-model head, such as Qwen2-VL"
         )
-    config = load_config(folder)
-    weights = _read_weights(folder, config)
     if (folder / CHAT_CONTRACT_FILE).exists():
-        contract = load_chat_contract(folder, weights)
+        contract = load_chat_contract(folder)
+        config = load_config(folder)
     else:
+        config = load_config(folder)
         contract = first_contract(folder, config)
     check_chat_contract(contract, config, str(folder))
-    tokenizer = load_tokenizer(folder)
-    check_tokenizer(tokenizer, config, str(folder))
-    backbone, head = assemble_generator(config, weights, str(folder))
-    if location.hub_id is not None:
-        source = Source(name=location.hub_id, revision=location.commit)
-        contract = contract.model_copy(update={"source": source})
-    return backbone, head, tokenizer, contract
+    return config, contract
 
 
 def save_generator(

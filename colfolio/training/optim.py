@@ -45,9 +45,9 @@ class OptimiserSettings(Settings):
         state: in what the running mean and square are kept; in 8 bits by torchao or bitsandbytes.
     """
 
-    lr: float = Field(default=5e-4, gt=0)
+    lr: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
     betas: tuple[Share, Share] = (0.9, 0.98)
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     warmup_steps: int = Field(default=100, ge=0)
     final_lr_share: float = Field(default=0.0, ge=0, le=1)
     clip_norm: float = Field(default=1.0, gt=0)

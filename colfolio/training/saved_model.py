@@ -11,7 +11,6 @@ from torch import Tensor
 from colfolio.distributed import gather_state
 from colfolio.models.adapters import adapter_in, merge, save_adapter, unmerge
 from colfolio.models.parts import inventory
-from colfolio.models.retriever import Retriever
 from colfolio.training.state import TrainingState
 from colfolio.training.thaw import trained_names
 
@@ -29,7 +28,8 @@ def save_model(
 
     A retriever that still has its adapters, over weights that are its base's, is saved as an
     adapter. Where other weights trained too, those folders would be as large as the model, so the
-    adapters that are left are merged into what is saved; those of a generator always.
+    adapters that are left are merged into what is saved; so are those of a generator, and adapters
+    that the run began with, whose base is not the folder it began with.
 
     Args:
         base: folder or hub id of what was trained; None merges adapters in any case.
@@ -42,7 +42,7 @@ def save_model(
     model: Any = state.model  # the contract's class is that of its model
     model.contract = model.contract.model_copy(update=told)
     adapter = adapter_in(model)
-    if adapter and base is not None and isinstance(model, Retriever) and _has_base(state):
+    if adapter and base is not None and _has_base(state):
         weights = gather_state(adapter[1])
         if state.world.is_main:
             _save_adapter(state, folder, base, weights)
@@ -54,7 +54,9 @@ def save_model(
 
 
 def _has_base(state: TrainingState) -> bool:
-    """Whether all that trains is kept beside the weights of the base."""
+    """Whether the run put adapters on its base, and all that trains is kept beside its weights."""
+    if not state.base_hash:
+        return False
     places, adapter = inventory(state.model).places, adapter_in(state.model)
     beside = (
         {"adapters", "projection"} if adapter and adapter[0].trains_projection else {"adapters"}

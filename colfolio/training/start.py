@@ -79,12 +79,6 @@ def check_settings(settings: TrainSettings) -> None:
             "open later; take fp32, or leave out `thaw`",
             "optimiser.state",
         )
-    if settings.thaw and not settings.frozen and settings.lora is None:
-        raise RecipeError(
-            "everything trains from the beginning, so no stage has anything to open; name what "
-            "waits in `frozen`, or begin with `lora`",
-            "thaw",
-        )
     if settings.objective == "generation":
         _check_generation(settings)
     check_schedule(settings.thaw, settings.thaw_window, settings.steps)
@@ -99,6 +93,12 @@ def begin_policy(model: Retriever | Generator, settings: TrainSettings) -> list[
         RecipeError: something is not there, a stage has nothing to open, or nothing ever trains.
     """
     apply_policy(model, settings.frozen, settings.lora, settings.seed)
+    if settings.thaw and all(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError(
+            "everything trains from the beginning, so no stage has anything to open; name what "
+            "waits in `frozen`, or begin with `lora`",
+            "thaw",
+        )
     stages = openings(model, settings.thaw)
     names = trained_names(model)
     if not names and not (stages and settings.thaw[0].step == 0):
@@ -201,11 +201,6 @@ def _check_generation(settings: TrainSettings) -> None:
                 "at a step or an epoch",
                 f"thaw.{number}.{name}",
             )
-
-
-def _base_hash(model: Retriever | Generator) -> str:
-    """The hash by which an adapter will name this base; empty if none can."""
-    return (model.weights_hash() or "") if isinstance(model, Retriever) else ""
 
 
 def _check_model(model: Retriever | Generator, settings: TrainSettings) -> None:

@@ -102,11 +102,16 @@ def apply_policy(
 
     Raises:
         ColfolioError: adapters cannot be added.
-        RecipeError: a selector takes what the model does not have.
+        RecipeError: a selector, or a name of an adapted layer, takes what the model does not have.
     """
     if lora is not None:
         cast_parameters(retriever, torch.float32)  # what adapters keep of the base is cast with it
-        add_lora(retriever, lora, seed)
+        try:
+            add_lora(retriever, lora, seed)
+        except RecipeError as error:
+            raise RecipeError(
+                str(error).removeprefix(f"{error.key}: "), f"lora.{error.key}"
+            ) from None
     found = inventory(retriever)
     try:
         names = found.select(frozen)

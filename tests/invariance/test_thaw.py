@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 from ranks import run_in_ranks
-from thawing import all_of, assert_same, watched
+from thawing import all_of, assert_same, tensors_of, watched
 
 from colfolio.data.dataset import load_dataset
 from colfolio.distributed import World
+from colfolio.models.contract import hash_weights
 from colfolio.models.retriever import Retriever
 from colfolio.training import (
     TrainSettings,
@@ -52,6 +53,7 @@ POLICIES = {
     "thaw by epoch": (
         {
             "frozen": BELOW,
+            "features": {"ram_mb": 20.0},
             "thaw": [
                 {"open": ["merger"], "epoch": 0.5, "lr": 1e-3},
                 {"open": ["vision[1]"], "epoch": 1.0, "lr": 1e-3},
@@ -100,9 +102,10 @@ def settings_of(name, **values):
 
 
 def run(world, model, data, folder, name, parallel="ddp", resumed=None, **values):
-    """Train to the end, a checkpoint after every step; raises if another parameter changes.
+    """Train to the end, a checkpoint after every step.
 
-    Returns reports without times, and all that is saved in the end, made whole.
+    Raises if another tensor changes, or if ranks come to other weights. Returns reports without
+    times, and all that is saved in the end, made whole.
     """
     settings = settings_of(name, parallel=parallel, **values)
     if resumed:
@@ -113,6 +116,7 @@ def run(world, model, data, folder, name, parallel="ddp", resumed=None, **values
     reports = watched(
         state, dataset, table, lambda: save_checkpoint(state, Path(folder), DATA, keep=STEPS)
     )
+    world.same_everywhere(hash_weights(tensors_of(state.model)), "weights")
     told = [(each.loss, each.gradient_norm, each.lr, each.opened) for each in reports]
     return told, all_of(state)
 
@@ -193,7 +197,7 @@ def test_a_run_with_stages_goes_on_in_another_number_of_ranks(model, data, tmp_p
             saved = str(tmp_path / "alone" / f"step-{step:06d}")
             own = tmp_path / f"{parallel}-{step}"
             arguments = (model, data, str(own / "run"), parallel, saved)
-            found, _ = run_in_ranks(go_on, 2, own / "ranks", *arguments)
+            found, _ = run_in_ranks(go_on, 2, own / "ranks", *arguments, timeout=600.0)
             for mine, expected in zip(found[0], plain[step:], strict=True):
                 assert mine[:3] == pytest.approx(expected[:3], rel=2e-3)
             saved = str(own / "run" / "step-000005")

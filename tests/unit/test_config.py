@@ -1,5 +1,7 @@
+from typing import Annotated, Any, Literal
+
 import pytest
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from colfolio.config import (
     Settings,
@@ -34,6 +36,16 @@ class Bounds(Settings):
         if self.least > self.most:
             raise ValueError(f"least {self.least} is more than most {self.most}")
         return self
+
+
+def _in_capitals(text):
+    if not text.isupper():
+        raise ValueError(f"{text!r} is not in capitals")
+    return text
+
+
+class Switch(Settings):
+    is_on: bool = False
 
 
 @pytest.fixture
@@ -121,6 +133,89 @@ def test_a_fault_says_what_was_received_and_nothing_of_its_library(write):
         load_settings(write("name: a\ninner: {lr: -1}"), Recipe)
     with pytest.raises(RecipeError, match=r"recipe\.yaml: recipe: least 3 is more than most 2$"):
         load_settings(write("least: 3\nmost: 2"), Bounds)
+
+
+class Whole(Settings):
+    count: int = 1
+    size: float = 1.0
+    is_on: bool = False
+    which: Literal["none"] | int = "none"
+    pair: tuple[float, float] = (0.0, 0.0)
+    named: dict[str, float] = Field(default_factory=dict)
+    open: tuple[Annotated[str, AfterValidator(_in_capitals)], ...] = ("A",)
+    some: Annotated[tuple[Annotated[str, AfterValidator(_in_capitals)], ...], Field(min_length=1)]
+    anything: dict[str, Any] = Field(default_factory=dict)
+    inner: Inner = Inner()
+    switch: Switch = Switch()
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("some: [a]", r"some\.0: 'a' is not in capitals$"),  # said once, and no length beside it
+        ("some: []", r"some: List should have at least 1 item after validation, not 0$"),
+        ("some: [A]\nopen: [A, b]", r"open\.1: 'b' is not in capitals$"),
+        ("some: A", r"some: Input should be a list, not 'A'$"),
+        ("some: [A]\npair: [1]", r"pair\.1: Field required$"),
+        (
+            "some: [A]\npair: [1, 2, 3]",
+            r"pair: List should have at most 2 items after validation, not 3$",
+        ),
+        ("some: [A]\ninner: 3", r"inner: Input should be a mapping of keys to values, not 3$"),
+        (
+            "some: [A]\nwhich: all",
+            r"which: Input should be 'none', or Input should be a valid integer, unable to parse "
+            r"string as an integer, not 'all'$",
+        ),
+    ],
+)
+def test_a_fault_is_told_once(write, line, told):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:\d+: " + told) as caught:
+        load_settings(write(line), Whole)
+    assert str(caught.value).count("recipe.yaml") == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "count: true",
+        "size: yes",
+        "which: false",
+        "pair: [1, on]",
+        "named: {a: true}",
+        "inner: {lr: true}",
+    ],
+)
+def test_true_and_false_are_no_numbers(write, line):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:1: .*, and takes neither true nor false$"):
+        load_settings(write(f"{line}\nsome: [A]"), Whole)
+
+
+def test_true_and_false_are_kept_where_they_are_meant(write):
+    text = "some: [A]\nis_on: true\nanything: {a: [true]}\nswitch: {is_on: yes}"
+    found = load_settings(write(text), Whole)
+    assert found.is_on
+    assert found.switch.is_on
+    assert found.anything == {"a": [True]}
+    assert Whole.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "word"),
+    [
+        ("name: a\nopen: [norm, layers[0:14]]", 2, "layers[0:14]"),
+        ("open: [layers[top 25%], norm]", 1, "layers[top 25%]"),
+        ("a: 1\nopen: [\n  vision,\n  layers[4:],\n]", 4, "layers[4:]"),
+        ("inner: {open: layers[3]}", 1, "layers[3]"),
+    ],
+)
+def test_brackets_between_brackets_are_told_to_stand_in_quotes(write, text, line, word):
+    told = f'recipe.yaml:{line}: {word} has brackets; .* in quotes, "{word}"'
+    pattern = told.translate(str.maketrans({"[": r"\[", "]": r"\]"}))
+    with pytest.raises(RecipeError, match=pattern):
+        load_settings(write(text), Recipe)
+    with pytest.raises(RecipeError, match=r"override 'open=.*: layers\[4\] has brackets"):
+        load_settings(write("name: a"), Recipe, ["open=[norm, layers[4]]"])
 
 
 RECIPE = """# a comment

@@ -159,7 +159,13 @@ def write_adapter(
 
 
 def _check_plan(promised: str, config: AdapterConfig, folder: Path) -> None:
-    if promised and plan_hash(config) != promised:
+    if not promised:
+        raise CheckpointError(
+            f"{folder}: {CONTRACT_FILE} has no plan_hash, with which every adapter is saved, so it "
+            f"was changed since and nothing says that {ADAPTER_FILE} was not; take the file as it "
+            "was"
+        )
+    if plan_hash(config) != promised:
         raise CheckpointError(
             f"{folder / ADAPTER_FILE}: was changed after it was saved: it asks for other layers, "
             f"ranks or scales than {CONTRACT_FILE} says by plan_hash; take the file as it was"

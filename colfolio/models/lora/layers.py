@@ -17,7 +17,10 @@ _KEPT = {"base_weight": "weight", "base_bias": "bias"}
 
 
 class TrainedProjection(nn.Linear):
-    """A projection that is trained wholly beside adapters, and keeps what it is in the base."""
+    """A projection that is trained wholly beside adapters, and keeps what it is in the base.
+
+    What was trained in a wider dtype than the base has stays in it, as matrices of adapters do.
+    """
 
     base_weight: Tensor
     base_bias: Tensor
@@ -25,8 +28,9 @@ class TrainedProjection(nn.Linear):
     def __init__(self, base: nn.Linear, weight: Tensor, bias: Tensor) -> None:
         super().__init__(base.in_features, base.out_features, device="meta")
         like = base.weight
-        self.weight = nn.Parameter(weight.detach().to(like.device, like.dtype, copy=True))
-        self.bias = nn.Parameter(bias.detach().to(like.device, like.dtype, copy=True))
+        dtype = torch.promote_types(like.dtype, weight.dtype)
+        self.weight = nn.Parameter(weight.detach().to(like.device, dtype, copy=True))
+        self.bias = nn.Parameter(bias.detach().to(like.device, dtype, copy=True))
         self.register_buffer("base_weight", like.detach())
         self.register_buffer("base_bias", base.bias.detach())
 
@@ -34,15 +38,23 @@ class TrainedProjection(nn.Linear):
         """The projection of the base."""
         return _linear(self.base_weight, self.base_bias)
 
+    def alone(self) -> nn.Linear:
+        """A plain layer of the same parameters, in the dtype of the base."""
+        for parameter in (self.weight, self.bias):
+            parameter.data = parameter.data.to(self.base_weight.dtype)
+        return _linear(self.weight, self.bias)
+
 
 class MergedLinear(FastLinear):
     """A layer and its adapter as one product; the layer itself is set aside, not changed."""
 
     def __init__(self, adapted: Any) -> None:
         super().__init__(adapted.in_features, adapted.out_features, device="meta")
-        bias = adapted.bias
-        self.weight = nn.Parameter(merged_weight(adapted), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        weight, bias = merged_weight(adapted), adapted.bias
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+        self.bias = bias
         self.adapted = adapted
 
 
@@ -50,7 +62,7 @@ def merged_weight(adapted: Any) -> Tensor:
     """`W + scale * B A`, summed in float32 at least and rounded once to the dtype of W."""
     weight = adapted.weight.detach()
     if isinstance(adapted, TrainedProjection):
-        return weight.clone()
+        return weight.to(adapted.base_weight.dtype, copy=True)
     (name,) = adapted.lora_A
     sides = [adapted.lora_B[name].weight.detach(), adapted.lora_A[name].weight.detach()]
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -86,7 +98,7 @@ def fold_some(root: nn.Module, names: Collection[str]) -> None:
     rest = _adapted(root)
     for name, module in rest:
         if not any(is_lora_layer(each) for _, each in rest):
-            _put(root, name, _linear(module.weight, module.bias))
+            _put(root, name, module.alone())
 
 
 def merge_all(root: nn.Module) -> None:

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from colfolio.config import Settings
-from colfolio.errors import ColfolioError
+from colfolio.errors import ColfolioError, RecipeError
 from colfolio.models.contract import hash_weights
 from colfolio.models.drawing import draw_normal
 from colfolio.models.linear import speed_up_linears
@@ -87,25 +87,28 @@ def plan_of(root: nn.Module, settings: LoraSettings) -> LoraPlan:
     """The layers that settings mean in a model.
 
     Raises:
-        ColfolioError: a name is of no linear layer, no layer is adapted, or the projection cannot
-            be trained as they say.
+        RecipeError: a name is of no linear layer, no layer is adapted, or the projection cannot be
+            trained as they say; it names the key.
     """
     linears = [name for name, module in root.named_modules() if isinstance(module, nn.Linear)]
     chosen: list[str] = []
-    for tower, endings in ((_TEXT, settings.text), (_VISION, settings.vision)):
+    for key, tower, endings in (
+        ("text", _TEXT, settings.text),
+        ("vision", _VISION, settings.vision),
+    ):
         inside = [name for name in linears if name.startswith(f"{tower}.")]
         for ending in endings:
             found = [name for name in inside if name.endswith(f".{ending}")]
             if not found:
-                raise ColfolioError(
-                    f"lora: {tower} has no linear layer {ending!r}; it has {_endings(inside)}"
+                raise RecipeError(
+                    f"{tower} has no linear layer {ending!r}; it has {_endings(inside)}", key
                 )
             chosen += found
     _check_projection(root.get_submodule(PROJECTION_NAME), settings.projection)
     if settings.projection == "adapter":
         chosen.append(PROJECTION_NAME)
     if not chosen:
-        raise ColfolioError("lora: no layer is adapted; name one in `text` or `vision`")
+        raise RecipeError("no layer is adapted; name one here or in `vision`", "text")
     return LoraPlan(
         ranks=dict.fromkeys(chosen, settings.rank),
         alphas=dict.fromkeys(chosen, settings.alpha),
@@ -148,7 +151,8 @@ def first_weights(root: nn.Module, plan: LoraPlan, seed: int) -> dict[str, Tenso
 def inject(root: nn.Module, plan: LoraPlan, weights: Mapping[str, Tensor]) -> None:
     """Put adapters with these tensors into layers, and freeze all else, in place.
 
-    They are held in the layer's own dtype, and in float32 where that is narrower.
+    They are held in the layer's own dtype, and in float32 where that is narrower; a projection in
+    the wider one of the base's dtype and that of its tensors.
 
     Args:
         weights: one for each of `shapes_of`.
@@ -256,14 +260,16 @@ def import_peft() -> Any:
 def _check_projection(projection: nn.Module, wish: str) -> None:
     """Refuse to adapt a head that is the embedding, and to train one wholly that has no bias."""
     if wish != "frozen" and not isinstance(projection, nn.Linear):
-        raise ColfolioError(
-            f"lora.projection is {wish!r}, but this model's head has no weights of its own: it "
-            "multiplies by the embedding; set it to 'frozen'"
+        raise RecipeError(
+            f"is {wish!r}, but this model's head has no weights of its own: it multiplies by the "
+            "embedding; set it to 'frozen'",
+            "projection",
         )
     if wish == "full" and getattr(projection, "bias", None) is None:
-        raise ColfolioError(
-            "lora.projection is 'full', which is for the projection of a retriever; set it to "
-            "'adapter' or 'frozen'"
+        raise RecipeError(
+            "is 'full', which is for the projection of a retriever; set it to 'adapter' or "
+            "'frozen'",
+            "projection",
         )
 
 

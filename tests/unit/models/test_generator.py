@@ -18,10 +18,14 @@ from colfolio.batch import UNLABELLED
 from colfolio.data.video import Clip
 from colfolio.errors import CheckpointError, ColfolioError, DocumentError
 from colfolio.models import base_from_weights
+from colfolio.models import generator as generator_module
 from colfolio.models.adapters import LoraSettings, add_lora, merge
+from colfolio.models.contract import Source
 from colfolio.models.generator import Generator
-from colfolio.models.generator_base import generator_from_graft
+from colfolio.models.generator_base import generator_from_graft, generator_from_weights
 from colfolio.models.generator_files import TiedHead
+from colfolio.models.generator_outline import model_outline_of
+from colfolio.models.hub import Location
 from colfolio.models.parts import inventory
 from colfolio.models.retriever import Retriever
 
@@ -125,6 +129,41 @@ def test_weights_that_were_changed_are_refused(saved):
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="not those that were saved"):
         Generator.from_pretrained(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_file_that_was_changed_is_refused(saved, name):
+    path = saved() / name
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(CheckpointError, match=rf"{name}: was changed after it was saved"):
+        Generator.from_pretrained(path.parent, device="cpu")
+
+
+def test_a_contract_that_was_changed_is_refused(saved):
+    path = saved() / "colfolio_chat.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"frame_rate": 1.0}))
+    with pytest.raises(CheckpointError, match=r"was changed after .*: frame_rate \(now 1\.0\)"):
+        Generator.from_pretrained(path.parent, device="cpu")
+    path.write_text(json.dumps(values | {"seal": {}}))
+    with pytest.raises(CheckpointError, match="weights_hash and no seal"):
+        Generator.from_pretrained(path.parent, device="cpu")
+    path.write_text(json.dumps(values))
+    contract = Generator.from_pretrained(path.parent, device="cpu").contract
+    assert (contract.weights_hash, contract.files, contract.seal) == ("", {}, {})
+
+
+def test_where_weights_first_came_from_is_kept_and_where_they_were_read_is_told(saved, monkeypatch):
+    folder, here = saved(), Source(name="owner/name", revision="c" * 40)
+    location = Location(folder, here.name, here.revision)
+    monkeypatch.setattr(generator_module, "locate", lambda *_: location)
+    first = Generator.from_pretrained("owner/name", device="cpu")
+    assert (first.contract.source, first.contract.loaded_from) == (here, here)
+    origin = Source(name="decoder + tower")
+    first.contract = first.contract.model_copy(update={"source": origin, "loaded_from": None})
+    first.save_pretrained(folder)
+    again = Generator.from_pretrained("owner/name", device="cpu")
+    assert (again.contract.source, again.contract.loaded_from) == (origin, here)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +277,49 @@ def test_adapters_that_a_head_cannot_have_are_refused(make_generator, tied, proj
     with pytest.raises(ColfolioError, match=r"lora\.projection is .*; set it to .*'frozen'"):
         add_lora(generator, LoraSettings(rank=2, projection=projection), seed=0)
     assert generator.fingerprint() == before
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_outline_is_the_generator_but_for_its_numbers(saved, family, tied):
+    folder = saved(tied, family)
+    loaded = Generator.from_pretrained(folder, dtype=torch.bfloat16, device="cpu")
+    loaded.save_pretrained(folder)
+    found = model_outline_of(folder)
+    assert isinstance(found.model, Generator)
+    assert found.has_dtypes
+    described = [
+        {name: (weight.dtype, weight.shape) for name, weight in model.named_parameters()}
+        for model in (found.model, loaded)
+    ]
+    assert described[0] == described[1]
+    assert all(weight.is_meta for weight in found.model.parameters())
+    (folder / "model.safetensors").unlink()
+    assert not model_outline_of(folder, "generation").has_dtypes
+
+
+def test_an_outline_is_of_what_the_objective_asks(saved, shared_retriever, tmp_path):
+    shared_retriever.save_pretrained(tmp_path / "retriever")
+    assert isinstance(model_outline_of(tmp_path / "retriever").model, Retriever)
+    with pytest.raises(CheckpointError, match="is a retriever"):
+        model_outline_of(tmp_path / "retriever", "generation")
+    folder = saved()
+    for change in (lambda: None, (folder / "colfolio_chat.json").unlink):  # ours, and as published
+        change()
+        assert isinstance(model_outline_of(folder).model, Generator)
+        with pytest.raises(CheckpointError, match=r"is a generator.*colfolio init"):
+            model_outline_of(folder, "retrieval")
+
+
+def test_published_weights_make_a_generator_that_says_where_they_are_from(saved, tmp_path):
+    folder = saved()
+    (folder / "colfolio_chat.json").unlink()
+    made = generator_from_weights(folder)
+    assert made.contract.source == Source(name="model")
+    made.save_pretrained(tmp_path / "made")
+    again = generator_from_weights(tmp_path / "made")
+    assert again.contract.source == Source(name="model")
+    assert again.fingerprint() == made.fingerprint()
 
 
 @pytest.fixture

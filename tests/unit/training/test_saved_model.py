@@ -7,6 +7,7 @@ import torch
 
 from colfolio.errors import ColfolioError
 from colfolio.models import LoraSettings, Retriever, hub
+from colfolio.models.adapters import has_adapter
 from colfolio.training import load_checkpoint, save_checkpoint, save_model, start_training, train
 
 COMMIT = "0123456789" * 4
@@ -52,3 +53,19 @@ def test_an_adapter_names_the_commit_of_its_base_on_the_hub_whatever_that_came_f
     config = json.loads((tmp_path / "model" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", COMMIT)
     assert Retriever.from_pretrained(tmp_path / "model").contract.source.name == source["name"]
+
+
+def test_a_run_on_an_adapter_ends_with_a_whole_model(retriever, adapting, shapes, tmp_path):
+    retriever.save_pretrained(tmp_path / "base")
+    first = start_training(retriever, adapting)
+    list(train(first, shapes))
+    save_model(first, tmp_path / "adapter", base="../base")
+    plain = adapting.model_copy(update={"lora": None})
+    state = start_training(Retriever.from_pretrained(tmp_path / "adapter"), plain)
+    list(train(state, shapes))
+    expected = state.retriever.encode_queries(["red circle"]).vectors
+    save_model(state, tmp_path / "model", base=str(tmp_path / "adapter"))
+    opened = Retriever.from_pretrained(tmp_path / "model")
+    assert not has_adapter(opened)
+    found = opened.encode_queries(["red circle"]).vectors
+    assert (found - expected).abs().max() < 1e-6

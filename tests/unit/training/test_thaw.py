@@ -44,7 +44,6 @@ def test_a_stage_that_means_nothing_is_refused(values, told):
 @pytest.mark.parametrize(
     ("values", "key", "told"),
     [
-        ({"thaw": [STAGE]}, "thaw", "everything trains from the beginning"),
         (
             {"frozen": ["norm"], "thaw": [STAGE], "optimiser": {"state": "torchao_8bit"}},
             "optimiser.state",
@@ -116,6 +115,7 @@ def test_a_signal_that_can_still_fire_is_not_refused():
 @pytest.mark.parametrize(
     ("values", "key", "told"),
     [
+        ({"thaw": [STAGE]}, "thaw", "everything trains from the beginning"),
         ({"frozen": ["layers[0:3]"]}, "frozen", r"'layers\[0:3\]'.*This model has vision\[0:2\]"),
         ({"frozen": ["adapters"]}, "frozen", "there are no adapters"),
         ({"frozen": ["all"]}, "frozen", "no parameter .* trains in the first step"),

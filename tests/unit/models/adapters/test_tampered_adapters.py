@@ -133,6 +133,8 @@ TAMPERED = {
         "says by plan_hash",
     ),
     "no seal": (drop_seal, True, "weights_hash and no seal"),
+    "no plan": (set_contract(plan_hash=""), True, "has no plan_hash"),
+    "format true": (set_contract(format=True), True, "format: received True"),
     "a rank for no pattern": (set_option(rank_pattern={"[": 2}), False, "'[' is no pattern"),
     "a pattern too large": (
         set_option(alpha_pattern={"a{99999999999999}": 2}),
