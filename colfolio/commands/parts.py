@@ -16,12 +16,14 @@ from colfolio.commands.run_folder import TrainRecipe
 from colfolio.config import load_settings
 from colfolio.diagnosis.planning.fixed_memory import state_bytes
 from colfolio.diagnosis.planning.numerics import WIDE
-from colfolio.models.outline import Outline, outline_of
+from colfolio.models.generator import Generator
+from colfolio.models.generator_files import TiedHead
+from colfolio.models.generator_outline import ModelOutline, model_outline_of
 from colfolio.models.parts import Inventory, inventory, ranges
-from colfolio.models.retriever import Retriever
+from colfolio.models.projected import ProjectedBackbone
 from colfolio.models.selectors import PARTS
 from colfolio.training import TrainSettings
-from colfolio.training.start import begin_policy
+from colfolio.training.start import begin_policy, check_settings
 
 _MIB = 2**20
 _SHORT = {
@@ -57,20 +59,23 @@ def parts_command(
     No weights are loaded, and of a model on the hub none are fetched.
 
     Args:
-        model: checkpoint or adapter, a folder or hub id.
-        recipe_path: whose settings of training hold for the model; None has all of it trained.
+        model: checkpoint, adapter or generator, a folder or hub id.
+        recipe_path: whose objective and settings of training hold for the model; None takes the
+            model for what its folder says, and has all of it trained.
 
     Raises:
         ColfolioError: the model cannot be told without its weights, the recipe cannot be honoured,
             or it names parts that the model does not have.
     """
-    settings = TrainSettings(steps=1)
+    settings, objective = TrainSettings(steps=1), None
     if recipe_path is not None:
         settings = load_settings(recipe_path, TrainRecipe, overrides).train
-    outline = outline_of(model)
-    begin_policy(outline.retriever, settings)
-    found = inventory(outline.retriever)
-    console().print(_head(model, outline.retriever), markup=False)
+        objective = settings.objective
+    outline = model_outline_of(model, objective)
+    check_settings(settings)
+    begin_policy(outline.model, settings)
+    found = inventory(outline.model)
+    console().print(_head(model, outline.model), markup=False)
     console().print(_table(outline, found, settings))
     state = settings.optimiser.state
     console().print(f"\nMiB while it trains: all in float32, the optimiser's state in {state}")
@@ -78,21 +83,24 @@ def parts_command(
         console().print("dtypes are told by the files with weights, which are not on this machine")
 
 
-def _head(model: str, retriever: Retriever) -> str:
-    trained = _count(weight for weight in retriever.parameters() if weight.requires_grad)
-    total, kind = _count(retriever.parameters()), retriever.backbone.config.model_type
-    return f"{model}: {kind}\n{trained:,} of {total:,} parameters train\n"
+def _head(name: str, model: ProjectedBackbone) -> str:
+    trained = _count(weight for weight in model.parameters() if weight.requires_grad)
+    total, kind = _count(model.parameters()), model.backbone.config.model_type
+    if isinstance(model, Generator):
+        is_tied = isinstance(model.projection, TiedHead)
+        kind += ", a generator whose head is " + ("its embedding" if is_tied else "the projection")
+    return f"{name}: {kind}\n{trained:,} of {total:,} parameters train\n"
 
 
-def _table(outline: Outline, found: Inventory, settings: TrainSettings) -> Table:
-    retriever = outline.retriever
-    everything = tuple(retriever.parameters())
+def _table(outline: ModelOutline, found: Inventory, settings: TrainSettings) -> Table:
+    model = outline.model
+    everything = tuple(model.parameters())
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("part", "layers", "parameters", "share", "dtype", "trains"):
         table.add_column(name, justify="right" if name in ("parameters", "share") else "left")
     for name in ("weights", "gradient", "state"):
         table.add_column(name, justify="right")
-    for row in (*_rows(retriever, found), _Row("all", "", "", "", everything)):
+    for row in (*_rows(model, found), _Row("all", "", "", "", everything)):
         count = _count(row.weights)
         dtype = row.dtype if outline.has_dtypes or row.part == "adapters" else "?"
         table.add_row(
@@ -104,14 +112,14 @@ def _table(outline: Outline, found: Inventory, settings: TrainSettings) -> Table
             row.trains,
             _mib(count * WIDE),
             _mib(_count(weight for weight in row.weights if weight.requires_grad) * WIDE),
-            _mib(state_bytes(retriever, settings, weights=row.weights)),
+            _mib(state_bytes(model, settings, weights=row.weights)),
         )
     return table
 
 
-def _rows(retriever: Retriever, found: Inventory) -> Iterator[_Row]:
+def _rows(model: ProjectedBackbone, found: Inventory) -> Iterator[_Row]:
     """The parts from the bottom up, each in as few rows as it has kinds of layers."""
-    named = dict(retriever.named_parameters())
+    named = dict(model.named_parameters())
     for part in PARTS:
         layers: dict[int | None, list[Tensor]] = {}
         for name, place in found.places.items():

@@ -12,6 +12,7 @@ from colfolio.commands.console import console
 from colfolio.commands.ranks import ranks_to_start
 from colfolio.commands.run_folder import TrainRecipe
 from colfolio.config import load_settings
+from colfolio.data.conversations import load_conversations
 from colfolio.data.dataset import load_dataset
 from colfolio.diagnosis.ledger import check_reachable
 from colfolio.diagnosis.planning import (
@@ -20,15 +21,19 @@ from colfolio.diagnosis.planning import (
     Chunking,
     Part,
     Plan,
+    TextSize,
     assumed_sizes,
+    assumed_text,
     make_plan,
     measured_sizes,
+    measured_text,
     named_gpu,
     this_machine,
 )
-from colfolio.models.outline import outline_of
+from colfolio.models.generator import Generator
+from colfolio.models.generator_outline import model_outline_of
 from colfolio.models.retriever import Retriever
-from colfolio.training.start import begin_policy
+from colfolio.training.start import begin_policy, check_settings
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -56,51 +61,66 @@ def plan_command(
     count = ranks or (1 if gpu else ranks_to_start(None, None))
     machine = named_gpu(gpu) if gpu else this_machine(count)
     check_reachable(recipe.train, count)
-    retriever = outline_of(recipe.model).retriever
-    begin_policy(retriever, recipe.train)
-    batch = _sizes(recipe, retriever)
+    model = model_outline_of(recipe.model, recipe.train.objective).model
+    check_settings(recipe.train)
+    begin_policy(model, recipe.train)
+    batch = _sizes(recipe, model)
     keep = recipe.checkpoint.keep
-    plan = make_plan(retriever, recipe.train, batch, machine, count, kept_checkpoints=keep)
+    plan = make_plan(model, recipe.train, batch, machine, count, kept_checkpoints=keep)
     _print_head(plan, recipe_path)
     console().print(_memory_table(plan))
     _print_verdict(plan)
     if not plan.fits and recipe.train.gradient_checkpointing != "all":
         settings = recipe.train.model_copy(update={"gradient_checkpointing": "all"})
-        _print_lever(make_plan(retriever, settings, batch, machine, count, kept_checkpoints=keep))
+        _print_lever(make_plan(model, settings, batch, machine, count, kept_checkpoints=keep))
     console().print(_run_table(plan))
     return plan.fits
 
 
-def _sizes(recipe: TrainRecipe, retriever: Retriever) -> BatchSize:
+def _sizes(recipe: TrainRecipe, model: Retriever | Generator) -> BatchSize | TextSize:
     """Of the recipe's rows; a dataset of the hub is not fetched for it."""
-    if not Path(recipe.dataset).exists():
+    is_here = Path(recipe.dataset).exists()
+    if not is_here:
         console().print(
             f"{recipe.dataset}: not on this machine, so sizes are assumed", markup=False
         )
-        return assumed_sizes(retriever.collator, recipe.train.batch)
+    if isinstance(model, Generator):
+        if not is_here:
+            return assumed_text(model, recipe.train.batch)
+        return measured_text(load_conversations(recipe.dataset, recipe.split), model, recipe.train)
+    if not is_here:
+        return assumed_sizes(model.collator, recipe.train.batch)
     dataset = load_dataset(recipe.dataset, recipe.split)
-    return measured_sizes(dataset, retriever.collator, recipe.train)
+    return measured_sizes(dataset, model.collator, recipe.train)
 
 
 def _print_head(plan: Plan, recipe_path: Path) -> None:
-    batch = plan.batch
     ranks = f"{plan.ranks} ranks" if plan.ranks > 1 else "1 rank"
     lines = [
         f"{recipe_path} on {plan.machine.name}, {ranks}",
         f"{plan.numerics.precision}, attention {plan.numerics.attention}; "
         f"{plan.num_trained / 1e6:,.1f} M of {plan.num_weights / 1e6:,.1f} M weights train",
-        f"a batch: {batch.queries:,} queries of {batch.query.tokens:,} tokens, "
-        f"{batch.documents:,} documents of {batch.document.tokens:,}",
-        f"  ({batch.origin})",
+        f"a batch: {_batch_line(plan.batch)}",
+        f"  ({plan.batch.origin})",
         "",
     ]
     console().print("\n".join(lines), markup=False)
 
 
+def _batch_line(batch: BatchSize | TextSize) -> str:
+    if isinstance(batch, TextSize):
+        row = batch.row
+        return f"{batch.rows:,} conversations of {row.tokens:,} tokens, {row.answers:,} to predict"
+    return (
+        f"{batch.queries:,} queries of {batch.query.tokens:,} tokens, "
+        f"{batch.documents:,} documents of {batch.document.tokens:,}"
+    )
+
+
 def _memory_table(plan: Plan) -> Table:
     title = "memory of each rank" if plan.ranks > 1 else "memory"
     table = _table(title)
-    for part in [*plan.fixed, *_graph_parts(plan.own)]:
+    for part in [*plan.fixed, *_graph_parts(plan)]:
         table.add_row(part.name, _size(part.num_bytes))
     table.add_row()
     table.add_row("at the highest moment of a step", _size(plan.taken))
@@ -109,18 +129,20 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
-def _graph_parts(cut: Chunking) -> list[Part]:
+def _graph_parts(plan: Plan) -> list[Part]:
+    if isinstance(plan.batch, TextSize):  # no graph outlives its chunk
+        return [Part("a chunk at work, its logits included", plan.own.working)]
     return [
-        Part("graphs kept from the first pass to the second", cut.kept),
-        Part("a chunk at work", cut.working),
+        Part("graphs kept from the first pass to the second", plan.own.kept),
+        Part("a chunk at work", plan.own.working),
     ]
 
 
 def _print_verdict(plan: Plan) -> None:
     own, advice = plan.own, plan.advice
-    documents, queries = own.num_chunks
+    counts = ", ".join(f"{count} of {rows}" for rows, count in own.num_chunks.items())
     size = "all rows" if own.chunk_tokens is None else f"{own.chunk_tokens:,} tokens"
-    lines = [f"chunks of {size}: {documents} of documents, {queries} of queries; {_passes(own)}"]
+    lines = [f"chunks of {size}: {counts}; {_passes(own)}"]
     lines += _faults(plan)
     if advice is None:
         lines.append(_nothing_fits(plan))

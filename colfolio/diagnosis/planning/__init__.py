@@ -4,7 +4,14 @@ from colfolio.diagnosis.planning.chunking import Chunking
 from colfolio.diagnosis.planning.fixed_memory import Part
 from colfolio.diagnosis.planning.machine import GPUS, Machine, named_gpu, this_machine
 from colfolio.diagnosis.planning.plan import MARGIN, Plan, make_plan
-from colfolio.diagnosis.planning.row_sizes import BatchSize, assumed_sizes, measured_sizes
+from colfolio.diagnosis.planning.row_sizes import (
+    BatchSize,
+    TextSize,
+    assumed_sizes,
+    assumed_text,
+    measured_sizes,
+    measured_text,
+)
 
 __all__ = [
     "GPUS",
@@ -14,9 +21,12 @@ __all__ = [
     "Machine",
     "Part",
     "Plan",
+    "TextSize",
     "assumed_sizes",
+    "assumed_text",
     "make_plan",
     "measured_sizes",
+    "measured_text",
     "named_gpu",
     "this_machine",
 ]

@@ -18,7 +18,8 @@ from colfolio.diagnosis.planning.graph_memory import (
     vision_width,
 )
 from colfolio.models.border import frozen_border
-from colfolio.models.retriever import Retriever
+from colfolio.models.generator import Generator
+from colfolio.models.projected import ProjectedBackbone
 from colfolio.models.towers import exits
 
 
@@ -46,14 +47,14 @@ class Work:
         return Work(self.below * count, self.forward * count, self.backward * count)
 
 
-def work_of(retriever: Retriever, rows: Rows) -> Work:
+def work_of(model: ProjectedBackbone, rows: Rows) -> Work:
     """What rows cost in one pass, forward and backward."""
-    visual, text = retriever.backbone.visual, retriever.backbone.language_model
-    border = frozen_border(retriever.backbone, is_visual=bool(rows.patches))
-    first_block, first_layer = first_above(retriever.backbone, border)
+    visual, text = model.backbone.visual, model.backbone.language_model
+    border = frozen_border(model.backbone, is_visual=bool(rows.patches))
+    first_block, first_layer = first_above(model.backbone, border)
     tokens, patches = sum(rows.lengths), sum(rows.patches)
     attention = _attention(rows.lengths, text.config.hidden_size) // 2  # no token sees later ones
-    total = _work(retriever.projection, tokens, 0, has_graph=True)
+    total = _top(model, rows)
     for number, layer in enumerate(text.layers):
         total += _work(layer, tokens, attention, has_graph=number >= first_layer)
     if not patches:
@@ -70,6 +71,15 @@ def work_of(retriever: Retriever, rows: Rows) -> Work:
     if border is None:
         return total + Work(0, embedding, embedding)
     return total + Work(embedding, 0, 0)
+
+
+def _top(model: ProjectedBackbone, rows: Rows) -> Work:
+    """The projection of all tokens, or the head of those of answers."""
+    if not isinstance(model, Generator):
+        return _work(model.projection, sum(rows.lengths), 0, has_graph=True)
+    weight = model.projection.weight
+    forward = 2 * weight.numel() * rows.answers
+    return Work(0, forward, forward * (2 if weight.requires_grad else 1))
 
 
 def _work(module: Any, places: int, attention: int, *, has_graph: bool) -> Work:

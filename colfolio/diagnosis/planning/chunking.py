@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -27,7 +28,7 @@ class Chunking:
     Args:
         chunk_tokens: of a chunk at most; None: all of a side.
         activation_bytes: that graphs may hold; None: no bound.
-        num_chunks: of documents and of queries.
+        num_chunks: by what their rows are, as `documents`.
         largest: bytes that the largest graph holds.
         kept: bytes of all graphs that stay from the first pass to the second.
         working: bytes beside those at the highest moment.
@@ -36,7 +37,7 @@ class Chunking:
 
     chunk_tokens: int | None
     activation_bytes: int | None
-    num_chunks: tuple[int, int]
+    num_chunks: Mapping[str, int]
     largest: int
     kept: int
     working: int
@@ -90,7 +91,6 @@ class Chunker:
     def chunking(self, chunk_tokens: int | None, activation_bytes: int | None) -> Chunking:
         """What these settings come to."""
         chunks = self._chunks(chunk_tokens)
-        num_documents = sum(chunk.side == "documents" for chunk in chunks)
         largest = max(chunk.memory.held for chunk in chunks)
         can_run = activation_bytes is None or largest <= activation_bytes
         kept, dropped = _kept(chunks, activation_bytes) if can_run else ([], chunks)
@@ -101,7 +101,7 @@ class Chunker:
         return Chunking(
             chunk_tokens,
             activation_bytes,
-            (num_documents, len(chunks) - num_documents),
+            Counter(chunk.side for chunk in chunks),
             largest,
             kept_bytes,
             max(working),
@@ -145,9 +145,15 @@ class Chunker:
 
     def _memory(self, rows: int, row: RowSize) -> GraphMemory:
         if (rows, row) not in self._known:
-            packed = Rows([row.tokens] * rows, [row.patches] * rows if row.patches else ())
-            self._known[rows, row] = graph_memory(self._retriever, packed, self._numerics)
+            alike = rows_alike(rows, row)
+            self._known[rows, row] = graph_memory(self._retriever, alike, self._numerics)
         return self._known[rows, row]
+
+
+def rows_alike(count: int, row: RowSize) -> Rows:
+    """So many rows of one size."""
+    patches = [row.patches // row.steps] * row.steps * count if row.patches else ()
+    return Rows([row.tokens] * count, patches, row.answers * count)
 
 
 def _kept(

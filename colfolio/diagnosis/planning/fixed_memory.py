@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from colfolio.diagnosis.planning.numerics import WIDE, Numerics
-from colfolio.diagnosis.planning.row_sizes import BatchSize
+from colfolio.diagnosis.planning.row_sizes import BatchSize, TextSize
+from colfolio.models.generator import Generator
+from colfolio.models.projected import ProjectedBackbone
 from colfolio.models.retriever import Retriever
 from colfolio.training import TrainSettings
 
@@ -44,30 +46,59 @@ def fixed_parts(
     ranks: int,
 ) -> list[Part]:
     """What a rank holds beside graphs."""
+    queries, documents = rows_of_rank(batch, ranks)
+    inputs = _inputs(
+        retriever,
+        settings,
+        documents * batch.heavy_document.patches,
+        queries * batch.heavy_query.tokens + documents * batch.heavy_document.tokens,
+        numerics,
+    )
+    compared = [
+        Part("vectors of all ranks, gradient", _vectors(retriever.dim, batch, ranks)),
+        Part("scores and MaxSim winners", _scores(batch, numerics, ranks)),
+    ]
+    return _around(retriever, settings, numerics, ranks, [inputs, *compared])
+
+
+def fixed_text_parts(
+    generator: Generator, settings: TrainSettings, batch: TextSize, numerics: Numerics, ranks: int
+) -> list[Part]:
+    """Of a run on conversations; logits are a part of graphs."""
+    rows, row = -(-batch.rows // ranks), batch.heavy
+    inputs = _inputs(generator, settings, rows * row.patches, rows * row.tokens, numerics)
+    return _around(generator, settings, numerics, ranks, [inputs])
+
+
+def _around(
+    model: ProjectedBackbone,
+    settings: TrainSettings,
+    numerics: Numerics,
+    ranks: int,
+    inside: list[Part],
+) -> list[Part]:
+    """Parts of a batch, and what every model takes."""
     shares = ranks if numerics.is_gathered else 1
-    trained = [weight for weight in retriever.parameters() if weight.requires_grad]
-    weights = sum(weight.numel() for weight in retriever.parameters()) * WIDE
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    weights = sum(weight.numel() for weight in model.parameters()) * WIDE
     gradients = sum(weight.numel() for weight in trained) * WIDE
+    state = state_bytes(model, settings, shares)
     parts = [
         Part("weights, float32", weights // shares),
         Part("gradients, float32", gradients // shares),
-        Part(
-            f"optimiser state, {settings.optimiser.state}", state_bytes(retriever, settings, shares)
-        ),
-        Part("inputs: patches and tokens", _inputs(retriever, settings, batch, numerics, ranks)),
-        Part("vectors of all ranks, gradient", _vectors(retriever.dim, batch, ranks)),
-        Part("scores and MaxSim winners", _scores(batch, numerics, ranks)),
+        Part(f"optimiser state, {settings.optimiser.state}", state),
+        *inside,
         Part("process and libraries", _PROCESS_CUDA if numerics.is_cuda else _PROCESS_CPU),
     ]
     if numerics.is_gathered:
-        parts.append(Part("layers gathered from ranks", _gathered(retriever, numerics)))
+        parts.append(Part("layers gathered from ranks", _gathered(model, numerics)))
     if settings.features.ram_mb and not numerics.is_cuda:
         parts.append(Part("feature cache", int(settings.features.ram_mb * 2**20)))
     return parts
 
 
 def state_bytes(
-    retriever: Retriever,
+    model: ProjectedBackbone,
     settings: TrainSettings,
     shares: int = 1,
     weights: Iterable[Tensor] | None = None,
@@ -76,24 +107,22 @@ def state_bytes(
 
     Args:
         shares: ranks over which each weight is spread.
-        weights: those that are counted; None counts all of the retriever.
+        weights: those that are counted; None counts all of the model.
     """
     kind = settings.optimiser.state
     in_32_bits: set[int] = set()
     if kind == "bitsandbytes_8bit":
-        in_32_bits = {
-            id(each.weight) for each in retriever.modules() if isinstance(each, nn.Embedding)
-        }
+        in_32_bits = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
     return sum(
         _state(-(-weight.numel() // shares), kind, is_wide=id(weight) in in_32_bits)
-        for weight in (retriever.parameters() if weights is None else weights)
+        for weight in (model.parameters() if weights is None else weights)
         if weight.requires_grad
     )
 
 
-def embedding_gradient(retriever: Retriever) -> int:
+def embedding_gradient(model: ProjectedBackbone) -> int:
     """Bytes of the gradient of an embedding, which each backward makes whole before it is added."""
-    weight = retriever.backbone.language_model.embed_tokens.weight
+    weight = model.backbone.language_model.embed_tokens.weight
     return weight.numel() * WIDE if weight.requires_grad else 0
 
 
@@ -106,16 +135,13 @@ def _state(numbers: int, kind: str, *, is_wide: bool) -> int:
 
 
 def _inputs(
-    retriever: Retriever, settings: TrainSettings, batch: BatchSize, numerics: Numerics, ranks: int
-) -> int:
+    model: ProjectedBackbone, settings: TrainSettings, patches: int, tokens: int, numerics: Numerics
+) -> Part:
     """Patches in float32, and int64 for id and position of each token."""
-    patch = retriever.contract.pixel_budget.patch_dim * WIDE
-    queries, documents = rows_of_rank(batch, ranks)
-    tokens = queries * batch.heavy_query.tokens + documents * batch.heavy_document.tokens
-    one = documents * batch.heavy_document.patches * patch + tokens * 4 * 8
-    if numerics.is_cuda:
-        return one * min(settings.accumulation, 2)  # the one before goes when the next has come
-    return one * (settings.accumulation + 1)  # the next is made meanwhile
+    one = patches * model.contract.pixel_budget.patch_dim * WIDE + tokens * 4 * 8
+    # of a batch on a GPU the one before goes when the next has come
+    times = min(settings.accumulation, 2) if numerics.is_cuda else settings.accumulation + 1
+    return Part("inputs: patches and tokens", one * times)
 
 
 def rows_of_rank(batch: BatchSize, ranks: int) -> tuple[int, int]:
@@ -139,9 +165,9 @@ def _scores(batch: BatchSize, numerics: Numerics, ranks: int) -> int:
     return pairs * _PAIR_CPU + matrix
 
 
-def _gathered(retriever: Retriever, numerics: Numerics) -> int:
+def _gathered(model: ProjectedBackbone, numerics: Numerics) -> int:
     """Two units whole, one at work and the next; or a unit and its gradient on the way."""
-    sizes = [sum(weight.numel() for weight in unit.parameters()) for unit in retriever.units()]
-    embedding = retriever.backbone.language_model.embed_tokens.weight.numel()
+    sizes = [sum(weight.numel() for weight in unit.parameters()) for unit in model.units()]
+    embedding = model.backbone.language_model.embed_tokens.weight.numel()
     # the embedding stays wide; its gradient is there whole, and once more in the ranks' order
     return max(2 * max(sizes) * numerics.product_bytes, embedding * WIDE * 3)

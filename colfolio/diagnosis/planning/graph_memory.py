@@ -1,6 +1,6 @@
 """Bytes that a graph holds for backward, counted from a model's shape before anything is run.
 
-Counted is what autograd saves of the backbones of `families.py`, as `Retriever` runs them: the
+Counted is what autograd saves of the backbones of `families.py`, as our models run them: the
 input of each product whose weight trains, what norms, activations and attention need again, and in
 half precision a copy of each weight. `GraphBudget` measures the same on a graph that was built.
 
@@ -16,8 +16,11 @@ from typing import Any
 from torch import nn
 
 from colfolio.diagnosis.planning.attention_memory import Heads, attention_memory
+from colfolio.diagnosis.planning.head_memory import HeadMemory, head_memory
 from colfolio.diagnosis.planning.numerics import WIDE, Numerics
 from colfolio.models.border import Border, frozen_border
+from colfolio.models.generator import Generator
+from colfolio.models.projected import ProjectedBackbone
 from colfolio.models.retriever import Retriever
 from colfolio.models.towers import deepstack_blocks, exits
 
@@ -33,11 +36,13 @@ class Rows:
 
     Args:
         lengths: tokens of each row.
-        patches: of each image; none for text.
+        patches: of each image, and of each step of a clip; none for text.
+        answers: tokens of answers in all rows, at which logits are made; of a generator.
     """
 
     lengths: Sequence[int]
     patches: Sequence[int] = ()
+    answers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +85,25 @@ class _Layer:
         return self.entry if self.is_recomputed else self.saved + self.copies
 
 
-def graph_memory(retriever: Retriever, rows: Rows, numerics: Numerics) -> GraphMemory:
+def graph_memory(model: ProjectedBackbone, rows: Rows, numerics: Numerics) -> GraphMemory:
     """What some rows take; whatever is frozen and lies below the border holds nothing.
 
     Args:
-        retriever: its weights may be on the meta device; which of them train, and which layers are
+        model: its weights may be on the meta device; which of them train, and which layers are
             computed again, is read from it.
     """
-    border = frozen_border(retriever.backbone, is_visual=bool(rows.patches))
-    layers = _layers(retriever, rows, border, numerics)
-    ends = _text_ends(retriever, rows, numerics)
+    border = frozen_border(model.backbone, is_visual=bool(rows.patches))
+    layers = _layers(model, rows, border, numerics)
+    ends = _text_ends(model, rows, numerics)
     if border is None or border.tower == "vision":
-        ends += _vision_ends(retriever.backbone.visual, border, rows.patches, numerics)
-    held = ends + sum(layer.held for layer in layers)
-    return GraphMemory(held, max(_forward_peak(layers, held), _backward_peak(layers, held)))
+        ends += _vision_ends(model.backbone.visual, border, rows.patches, numerics)
+    head = HeadMemory()
+    if isinstance(model, Generator):
+        head = head_memory(model, rows.answers, numerics)
+    below = ends + sum(layer.held for layer in layers)
+    held = below + head.held
+    backward = _backward_peak(layers, below + head.carried)
+    return GraphMemory(held, max(_forward_peak(layers, held), held + head.working, backward))
 
 
 def first_above(backbone: Any, border: Border | None) -> tuple[int, int]:
@@ -126,11 +136,11 @@ def vision_width(block: Any) -> int:
 
 
 def _layers(
-    retriever: Retriever, rows: Rows, border: Border | None, numerics: Numerics
+    model: ProjectedBackbone, rows: Rows, border: Border | None, numerics: Numerics
 ) -> list[_Layer]:
     """Of both towers, in the order in which they run."""
-    visual, text = retriever.backbone.visual, retriever.backbone.language_model
-    first_block, first_layer = first_above(retriever.backbone, border)
+    visual, text = model.backbone.visual, model.backbone.language_model
+    first_block, first_layer = first_above(model.backbone, border)
     blocks = [
         _vision_block(
             block,
@@ -144,8 +154,8 @@ def _layers(
         _text_layer(layer, rows.lengths, numerics, has_graph=number >= first_layer)
         for number, layer in enumerate(text.layers)
     ]
-    if first_layer < len(layers) and (first_layer or _begins_there(retriever, border, rows)):
-        width = retriever.projection.in_features
+    if first_layer < len(layers) and (first_layer or _begins_there(model, border, rows)):
+        width = _text_width(model)
         layers[first_layer] = _lowest(layers[first_layer], sum(rows.lengths), width)
     if 0 < first_block < len(blocks) and not isinstance(visual.blocks[0].norm1, nn.LayerNorm):
         width = vision_width(visual.blocks[0])
@@ -161,9 +171,9 @@ def _lowest(layer: _Layer, places: int, width: int) -> _Layer:
     return replace(layer, saved=layer.saved - places * (width + 1) * WIDE)
 
 
-def _begins_there(retriever: Retriever, border: Border | None, rows: Rows) -> bool:
+def _begins_there(model: ProjectedBackbone, border: Border | None, rows: Rows) -> bool:
     """Whether nothing trains below the first text layer."""
-    embedding = retriever.backbone.language_model.embed_tokens.weight
+    embedding = model.backbone.language_model.embed_tokens.weight
     is_still = not rows.patches or (border is not None and border.tower == "text")
     return is_still and not embedding.requires_grad
 
@@ -260,16 +270,23 @@ def _layer(
     )
 
 
-def _text_ends(retriever: Retriever, rows: Rows, numerics: Numerics) -> int:
-    """Cosines and sines, the last norm, the projection, and vectors of unit length."""
-    text, tokens = retriever.backbone.language_model, sum(rows.lengths)
-    projection = retriever.projection
+def _text_ends(model: ProjectedBackbone, rows: Rows, numerics: Numerics) -> int:
+    """Cosines and sines, the last norm; of a retriever the projection and unit vectors as well."""
+    text, tokens = model.backbone.language_model, sum(rows.lengths)
+    width = _text_width(model)
     size = 2 * text.layers[0].self_attn.head_dim * WIDE
-    size += _norm(text.norm, projection.in_features)
-    size += _inputs([projection], projection.in_features, numerics)
-    size += (retriever.dim + 2) * WIDE
+    size += _norm(text.norm, width)
     size += 1 if rows.patches else 0  # which tokens are visual
+    if not isinstance(model, Retriever):
+        return tokens * size
+    projection = model.projection
+    size += _inputs([projection], width, numerics)
+    size += (model.dim + 2) * WIDE
     return tokens * size + _copies(projection.modules(), numerics)
+
+
+def _text_width(model: ProjectedBackbone) -> int:
+    return model.backbone.config.get_text_config().hidden_size
 
 
 def _vision_ends(

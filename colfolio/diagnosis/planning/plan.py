@@ -7,20 +7,24 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from colfolio.diagnosis.planning.arithmetic import Work, work_of
-from colfolio.diagnosis.planning.chunking import Chunker, Chunking
+from colfolio.diagnosis.planning.arithmetic import work_of
+from colfolio.diagnosis.planning.chunking import Chunker, Chunking, rows_alike
 from colfolio.diagnosis.planning.fixed_memory import (
     Part,
     fixed_parts,
+    fixed_text_parts,
     rows_of_rank,
     state_bytes,
 )
-from colfolio.diagnosis.planning.graph_memory import Rows, vision_width
+from colfolio.diagnosis.planning.graph_memory import vision_width
 from colfolio.diagnosis.planning.machine import Machine, Speed, numerics_of, speed_of
 from colfolio.diagnosis.planning.numerics import WIDE, Numerics
-from colfolio.diagnosis.planning.row_sizes import BatchSize, RowSize
+from colfolio.diagnosis.planning.row_sizes import BatchSize, RowSize, TextSize
+from colfolio.diagnosis.planning.text_chunking import TextChunker
 from colfolio.models.border import frozen_border
+from colfolio.models.generator import Generator
 from colfolio.models.gradient_checkpointing import checkpoint_layers
+from colfolio.models.projected import ProjectedBackbone
 from colfolio.models.retriever import Retriever
 from colfolio.models.towers import exits
 from colfolio.training import TrainSettings
@@ -49,7 +53,7 @@ class Plan:
     machine: Machine
     ranks: int
     numerics: Numerics
-    batch: BatchSize
+    batch: BatchSize | TextSize
     num_weights: int
     num_trained: int
     fixed: tuple[Part, ...]
@@ -95,9 +99,9 @@ class Plan:
 
 
 def make_plan(
-    retriever: Retriever,
+    model: Retriever | Generator,
     settings: TrainSettings,
-    batch: BatchSize,
+    batch: BatchSize | TextSize,
     machine: Machine,
     ranks: int,
     *,
@@ -106,7 +110,8 @@ def make_plan(
     """Plan a run of a recipe.
 
     Args:
-        retriever: on the meta device, with what is frozen frozen.
+        model: on the meta device, with what is frozen frozen.
+        batch: of the model's objective.
         machine: what each rank has.
         kept_checkpoints: that stay on disk.
 
@@ -114,48 +119,53 @@ def make_plan(
         ColfolioError: the machine lacks the kernel that the recipe names.
     """
     numerics = numerics_of(settings, machine, ranks)
-    checkpoint_layers(retriever.backbone, settings.gradient_checkpointing)
-    fixed = tuple(fixed_parts(retriever, settings, batch, numerics, ranks))
-    own, advice = _cuts(retriever, settings, batch, numerics, ranks, machine, fixed)
+    checkpoint_layers(model.backbone, settings.gradient_checkpointing)
     epochs = _epochs(settings, batch)
+    if isinstance(model, Generator):
+        assert isinstance(batch, TextSize)
+        fixed = fixed_text_parts(model, settings, batch, numerics, ranks)
+        chunker = TextChunker(model, batch, numerics, ranks)
+        flops = _text_flops(model, settings, batch, ranks, epochs)
+    else:
+        assert isinstance(batch, BatchSize)
+        fixed = fixed_parts(model, settings, batch, numerics, ranks)
+        chunker = Chunker(model, batch, numerics, ranks)
+        flops = _flops(model, settings, batch, ranks, epochs)
+    own, advice = _cuts(chunker, settings, machine, fixed)
     return Plan(
         machine=machine,
         ranks=ranks,
         numerics=numerics,
         batch=batch,
-        num_weights=_count(retriever.parameters()),
-        num_trained=_count(each for each in retriever.parameters() if each.requires_grad),
-        fixed=fixed,
+        num_weights=_count(model.parameters()),
+        num_trained=_count(each for each in model.parameters() if each.requires_grad),
+        fixed=tuple(fixed),
         own=own,
         advice=advice,
         steps=settings.steps,
         epochs=epochs,
-        flops=_flops(retriever, settings, batch, ranks, epochs),
-        speed=_speed(retriever, machine, numerics, own),
-        disk=_disk(retriever, settings, kept_checkpoints),
+        flops=flops,
+        speed=_speed(model, machine, numerics, own),
+        disk=_disk(model, settings, kept_checkpoints),
     )
 
 
 def _cuts(
-    retriever: Retriever,
+    chunker: Chunker | TextChunker,
     settings: TrainSettings,
-    batch: BatchSize,
-    numerics: Numerics,
-    ranks: int,
     machine: Machine,
     fixed: Sequence[Part],
 ) -> tuple[Chunking, Chunking | None]:
     """The recipe's cut, and the best one."""
-    chunker = Chunker(retriever, batch, numerics, ranks)
     memory = settings.memory
     budget = None if memory.activation_mb is None else int(memory.activation_mb * _MIB)
     room = int(machine.num_bytes * (1 - MARGIN)) - sum(part.num_bytes for part in fixed)
     return chunker.chunking(memory.chunk_tokens, budget), chunker.advice(room)
 
 
-def _speed(retriever: Retriever, machine: Machine, numerics: Numerics, cut: Chunking) -> Speed:
+def _speed(model: ProjectedBackbone, machine: Machine, numerics: Numerics, cut: Chunking) -> Speed:
     """Of a product like those of the feed-forward."""
-    text = retriever.backbone.config.get_text_config()
+    text = model.backbone.config.get_text_config()
     rows = min(cut.chunk_tokens or _ROWS_TIMED, _ROWS_TIMED)
     return speed_of(machine, numerics, rows, text.hidden_size, text.intermediate_size)
 
@@ -164,10 +174,10 @@ def _count(weights: Iterable[Tensor]) -> int:
     return sum(weight.numel() for weight in weights)
 
 
-def _epochs(settings: TrainSettings, batch: BatchSize) -> float | None:
+def _epochs(settings: TrainSettings, batch: BatchSize | TextSize) -> float | None:
     if not batch.epoch:
         return None
-    return settings.steps * settings.accumulation * batch.queries / batch.epoch
+    return settings.steps * settings.accumulation * batch.rows / batch.epoch
 
 
 def _flops(
@@ -179,9 +189,10 @@ def _flops(
 ) -> tuple[float, float]:
     """Operations of an optimiser step, the mean over the run, and those of a second forward."""
     queries, documents = rows_of_rank(batch, ranks)
-    document = _work(retriever, batch.document).times(documents)
-    query = _work(retriever, batch.query).times(queries)
-    below = document.below * (1 - _from_cache(retriever, settings, batch, epochs)) + query.below
+    document = work_of(retriever, rows_alike(1, batch.document)).times(documents)
+    query = work_of(retriever, rows_alike(1, batch.query)).times(queries)
+    found = _from_cache(retriever, settings, batch.document, batch.corpus, epochs)
+    below = document.below * (1 - found) + query.below
     forward = document.forward + query.forward
     pairs = queries * batch.query.tokens * batch.documents * batch.document.tokens
     scores = 2 * pairs * retriever.dim
@@ -189,35 +200,53 @@ def _flops(
     return once * settings.accumulation, float(forward * settings.accumulation)
 
 
-def _work(retriever: Retriever, row: RowSize) -> Work:
-    return work_of(retriever, Rows([row.tokens], [row.patches] if row.patches else ()))
+def _text_flops(
+    generator: Generator,
+    settings: TrainSettings,
+    batch: TextSize,
+    ranks: int,
+    epochs: float | None,
+) -> tuple[float, float]:
+    """Likewise of conversations, of which none runs a second time."""
+    work = work_of(generator, rows_alike(1, batch.row)).times(-(-batch.rows // ranks))
+    found = _from_cache(generator, settings, batch.row, batch.corpus, epochs)
+    once = work.below * (1 - found) + work.forward + work.backward
+    return once * settings.accumulation, 0.0
 
 
 def _from_cache(
-    retriever: Retriever, settings: TrainSettings, batch: BatchSize, epochs: float | None
+    model: ProjectedBackbone,
+    settings: TrainSettings,
+    row: RowSize,
+    corpus: int | None,
+    epochs: float | None,
 ) -> float:
-    """The share of documents whose frozen features are found, over all epochs."""
-    border = frozen_border(retriever.backbone, is_visual=True)
+    """The share of rows whose frozen features are found, over all epochs.
+
+    Args:
+        row: of those whose features are kept, of which an epoch has `corpus`.
+    """
+    border = frozen_border(model.backbone, is_visual=True)
     budget = (settings.features.ram_mb + settings.features.disk_mb) * _MIB
-    if border is None or not budget or not batch.corpus or not epochs or epochs <= 1:
+    if border is None or not budget or not corpus or not epochs or epochs <= 1:
         return 0.0
-    visual, row = retriever.backbone.visual, batch.document
-    merge = retriever.contract.pixel_budget.merge
-    hidden = retriever.backbone.config.get_text_config().hidden_size
+    visual = model.backbone.visual
+    merge = model.contract.pixel_budget.merge
+    hidden = model.backbone.config.get_text_config().hidden_size
     if border.tower == "vision":
         numbers = row.patches * vision_width(visual.blocks[0])
     elif border.layers:
         numbers = row.tokens * hidden
     else:
         numbers = row.patches // merge**2 * hidden * len(exits(visual))
-    kept = min(1.0, budget / (numbers * WIDE * batch.corpus))
+    kept = min(1.0, budget / (numbers * WIDE * corpus))
     return kept * (1 - 1 / epochs)
 
 
-def _disk(retriever: Retriever, settings: TrainSettings, kept: int) -> tuple[Part, ...]:
+def _disk(model: ProjectedBackbone, settings: TrainSettings, kept: int) -> tuple[Part, ...]:
     """What stands there at most: one checkpoint more than is kept, while it replaces another."""
-    weights = _count(retriever.parameters()) * WIDE
-    checkpoint = weights + state_bytes(retriever, settings)
+    weights = _count(model.parameters()) * WIDE
+    checkpoint = weights + state_bytes(model, settings)
     parts = [
         Part(f"{kept} + 1 checkpoints", (kept + 1) * checkpoint),
         Part("the model in the end", weights),

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import islice
 from statistics import mean, pstdev
 
+from colfolio.batch import TextBatch
 from colfolio.data.collate import Collator
 from colfolio.data.contrastive import BatchSettings
+from colfolio.data.conversation_batches import ConversationSource, collated
+from colfolio.data.conversations import ConversationDataset
 from colfolio.data.dataset import RetrievalDataset
 from colfolio.data.picks import Picker
-from colfolio.data.sampler import SamplerPosition
+from colfolio.data.sampler import SamplerPosition, draws
 from colfolio.errors import DocumentError
+from colfolio.models.generator import Generator
 from colfolio.training import TrainSettings
 
 _MOST_MEASURED = 200
 _BATCHES = 16
-_ASSUMED_QUERY = 32  # tokens
+_MOST_READ = 48  # conversations, whose videos are decoded
+_ASSUMED_QUERY, _ASSUMED_ANSWER = 32, 64  # tokens
 _DEVIATIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class RowSize:
-    """Tokens and patches of a row."""
+    """Tokens and patches of a row.
+
+    Args:
+        steps: images, and steps of a clip, over which its patches are spread.
+        answers: of the tokens, those that are to be predicted.
+    """
 
     tokens: int
     patches: int = 0
+    steps: int = 1
+    answers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +66,37 @@ class BatchSize:
     corpus: int | None
     epoch: float | None
     origin: str
+
+    @property
+    def rows(self) -> int:
+        """Those of which an epoch is counted."""
+        return self.queries
+
+
+@dataclass(frozen=True, slots=True)
+class TextSize:
+    """A batch of conversations of all ranks.
+
+    Args:
+        rows: conversations.
+        row: the mean row.
+        heavy: the row of which a heavy batch is made.
+        largest: tokens of the longest row.
+        corpus: conversations of the split; None where it is not there.
+        origin: of these numbers, for people.
+    """
+
+    rows: int
+    row: RowSize
+    heavy: RowSize
+    largest: int
+    corpus: int | None
+    origin: str
+
+    @property
+    def epoch(self) -> float | None:
+        """Conversations of an epoch, whose incomplete last batch is left out."""
+        return self.corpus and float(max(1, self.corpus // self.rows) * self.rows)
 
 
 def measured_sizes(
@@ -105,6 +148,54 @@ def assumed_sizes(collator: Collator, batch: BatchSettings) -> BatchSize:
         None,
         f"assumed: {_ASSUMED_QUERY} tokens a query, the most pixels and hard negatives",
     )
+
+
+def measured_text(
+    dataset: ConversationDataset, generator: Generator, settings: TrainSettings
+) -> TextSize:
+    """Sizes of the first conversations of a run, which are read as training reads them.
+
+    Raises:
+        DatasetError: a batch has more rows than the split, or an image or video cannot be read.
+    """
+    rows, chat, rate = settings.batch.rows, generator.chat, generator.contract.frame_rate
+    ConversationSource(dataset, chat, rate, rows, settings.seed)  # refuses what training would
+    drawn = draws([1.0] * len(dataset), rows, settings.seed, SamplerPosition())
+    first = [row for draw in islice(drawn, _BATCHES) for row in draw.queries]
+    measured = list(dict.fromkeys(first))[:_MOST_READ]
+    sizes = [_text_row(collated(dataset, [row], chat, rate)) for row in measured]
+    columns = list(zip(*map(astuple, sizes), strict=True))
+    return TextSize(
+        rows,
+        RowSize(*(math.ceil(mean(column)) for column in columns)),
+        RowSize(*(_heavy(column, rows) for column in columns)),
+        max(each.tokens for each in sizes),
+        len(dataset),
+        f"{len(sizes)} of {len(dataset):,} conversations measured",
+    )
+
+
+def assumed_text(generator: Generator, batch: BatchSettings) -> TextSize:
+    """Conversations about one image as large as the pixel budget allows."""
+    chat, budget = generator.chat, generator.collator.budget
+    asked = generator.collator.prompter.query_ids([""])[0]
+    visual = max(1, budget.max_pixels // budget.factor**2)
+    (seen,) = generator.collator.prompter.document_ids([visual])
+    answers = _ASSUMED_ANSWER + chat.num_answer_tokens([""])[0]
+    tokens = len(seen) + len(asked) + _ASSUMED_QUERY + answers
+    row = RowSize(tokens, visual * budget.merge**2, 1, answers)
+    origin = (
+        f"assumed: {_ASSUMED_QUERY} tokens a question, {_ASSUMED_ANSWER} an answer, an image of "
+        "the most pixels"
+    )
+    return TextSize(batch.rows, row, row, tokens, None, origin)
+
+
+def _text_row(batch: TextBatch) -> RowSize:
+    """The one row of a batch."""
+    inputs = batch.inputs
+    steps = int(inputs.grid_thw[:, 0].sum())
+    return RowSize(len(inputs.token_ids), len(inputs.patches), steps, batch.num_labels)
 
 
 def _visual_tokens(dataset: RetrievalDataset, collator: Collator, rows: Sequence[int]) -> list[int]:
