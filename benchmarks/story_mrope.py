@@ -1,6 +1,7 @@
 """A text decoder is given eyes: which of its parts should train, in one command.
 
     python benchmarks/story_mrope.py [--quick] [--seeds 0 1 2] [--threads 2] [--out FOLDER]
+    python benchmarks/story_mrope.py --make FOLDER
 
 A small decoder learns text alone, with positions in one dimension: what moves where, told in words.
 M-RoPE and a vision tower with random weights are grafted onto it, and it learns to describe clips
@@ -24,7 +25,8 @@ any in training, where a place and the one below it lie further apart in the row
 Writes `benchmarks/results/story_mrope.json` and `docs/stories/mrope.png`. `--quick` does three arms
 at one rate in two minutes, and writes into the folder of `--out` alone. The results are written
 after every run, and what stands there of the same commit is not run again, so that an hour's work
-can be done in parts.
+can be done in parts. `--make` writes clips and the grafted model of seed 0 alone, for the recipe
+`recipes/story-mrope.yaml`.
 """
 
 from __future__ import annotations
@@ -176,8 +178,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--make", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.make:
+        Start(options.make, Size(), options.threads).model(0).save_pretrained(options.make / "base")
+        return
     results, picture = RESULTS, PICTURE
     if options.out or options.quick:
         folder = options.out or Path(tempfile.mkdtemp(prefix="story-mrope-"))
