@@ -10,8 +10,9 @@ of moving shapes (`story_clips.py`), over and over from the same start for a see
 - *frozen*: the decoder stays as it is; tower and merger train;
 - *lora*: the same, with adapters on the decoder;
 - *full*: all trains from the first step;
-- *thaw*: as frozen; then the upper half of the decoder and its head, then all, each at half the
-  rate and lower layers at less;
+- *thaw*: as frozen; then the upper half of the decoder and its head, then all. Each of the two
+  stages gives half the rate to the topmost layer that it opens and 0.8 of the one above to each
+  below it, so the lower half begins at a higher rate than the upper half ends on;
 - *flattened*: as full, but clips get the positions of text, 1, 2, 3 in all three rows, as happens
   where grids are not handed over: the scheme of the model's collator is replaced, nothing else.
 

@@ -111,7 +111,7 @@ def init(
     dim: Annotated[int | None, typer.Option(help="Dimensions of each vector.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn at random.")] = 0,
     dataset: Annotated[
-        str | None, typer.Option(help="Whose training queries teach a shape's tokenizer.")
+        str | None, typer.Option(help="Whose training split teaches a shape's tokenizer.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
     vision: Annotated[
@@ -121,6 +121,9 @@ def init(
     scheme: Annotated[
         str | None, typer.Option(help="Positions grafted onto that decoder; qwen2_vl if unset.")
     ] = None,
+    generator: Annotated[
+        bool, typer.Option("--generator", help="A base that answers in words, with its head.")
+    ] = False,
 ) -> None:
     """Make a base to train from; its projection is drawn at random once and kept."""
     from colfolio.commands.init import init_command
@@ -135,6 +138,7 @@ def init(
         vision=vision,
         vision_revision=vision_revision,
         scheme=scheme,
+        generator=generator,
     )
 
 
@@ -153,6 +157,9 @@ def train(
     ranks: Annotated[
         int | None, typer.Option(help="Processes on this host; one a GPU if unset.", min=1)
     ] = None,
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="Go on although a check before step 1 fails.")
+    ] = False,
 ) -> None:
     """Train from a recipe, or go on with a run; on every GPU of the host."""
     from colfolio.commands.train import resume_command, train_command
@@ -161,13 +168,44 @@ def train(
         settings = [recipe, *(overrides or [])] if recipe else []
         if not all("=" in setting for setting in settings):
             raise typer.BadParameter("with --resume, give settings alone: the run has its recipe")
+        if unchecked:
+            raise typer.BadParameter("a run is checked when it begins: leave out --unchecked")
         code = resume_command(resume, settings, device=device, ranks=ranks)
     elif recipe is not None:
-        code = train_command(Path(recipe), overrides or [], device=device, ranks=ranks)
+        code = train_command(
+            Path(recipe), overrides or [], device=device, ranks=ranks, unchecked=unchecked
+        )
     else:
         raise typer.BadParameter("give a recipe, or --resume with a run folder")
     if code:
         raise typer.Exit(code)
+
+
+@app.command()
+def check(
+    recipe: Annotated[
+        str | None, typer.Argument(help="YAML recipe; none with --model.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of any library's model, in place of a recipe."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU if unset.")] = None,
+) -> None:
+    """Ask of a recipe, or of a model, what a run would stumble over; exit 1 if a check fails."""
+    from colfolio.commands.check import check_command, check_model_command
+
+    if (recipe is None) == (model is None):
+        raise typer.BadParameter("give a recipe, or --model with a folder or hub id")
+    if recipe is not None:
+        passed = check_command(Path(recipe), overrides or [], device=device)
+    else:
+        assert model is not None
+        passed = check_model_command(model, device=device)
+    if not passed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -191,7 +229,9 @@ def plan(
 
 @app.command()
 def parts(
-    model: Annotated[str, typer.Argument(help="Checkpoint or adapter: folder or hub id.")],
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint, adapter or generator: folder or hub id.")
+    ],
     recipe: Annotated[
         Path | None, typer.Argument(help="YAML recipe that is to train it.", show_default=False)
     ] = None,
@@ -227,6 +267,38 @@ def evaluate(
         model=index_model,
         precision=precision,
     )
+
+
+@app.command()
+def diagnose(
+    source: Annotated[
+        Path, typer.Argument(help="Run folder; or trainer_state.json or CSV, with --loss.")
+    ],
+    loss: Annotated[
+        Literal["pairwise", "infonce", "sigmoid"] | None,
+        typer.Option(help="Of another trainer's log: what it minimised."),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Of such a log: documents that a query is compared with.", min=1),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of such a log: what scores are divided by.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say why a run does not learn, from its folder or from another trainer's log; exit 1 if so."""
+    from colfolio.commands.diagnose import Log, diagnose_command
+
+    log = None
+    if loss is not None and batch is not None:
+        if temperature is not None and not 0 < temperature < float("inf"):
+            raise typer.BadParameter("--temperature is above 0")
+        log = Log("info_nce" if loss == "infonce" else loss, batch, temperature)
+    elif (loss, batch, temperature) != (None, None, None):
+        raise typer.BadParameter("--loss and --batch go together, for another trainer's log")
+    if not diagnose_command(source, log, as_json=as_json):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from colfolio.training import AnyReport, GenerationReport
+from colfolio.training import AnyReport, GenerationReport, PartReport
 
 _SMOOTH = 50
 _FLOOR_SHOWN = 0.001
@@ -90,6 +90,10 @@ class LiveTraining:
             told["loss"] += f" (chance {chance})"
         self._print(step, "validation " + ", ".join(f"{name} {told[name]}" for name in told))
 
+    def diagnosis(self, step: int, told: str) -> None:
+        """Show what is the matter, above the line that moves."""
+        self._print(step, told)
+
     def _print(self, step: int, text: str) -> None:
         """A line that stays."""
         if self._console.is_terminal:
@@ -129,11 +133,12 @@ class LiveTraining:
         for heading in ("part", "parameters", "rate", "gradient", "update / weights"):
             table.add_column(heading, justify="left" if heading == "part" else "right")
         for name, part in report.parts.items():
-            recent = [each.parts[name] for each in self._recent if name in each.parts]
-            gradient = sum(each.gradient_norm for each in recent) / len(recent)
-            ratio = sum(each.update_ratio for each in recent) / len(recent)
-            numbers = (f"{part.trains:,}", f"{part.lr:.2e}", f"{gradient:.2e}", f"{ratio:.2e}")
-            table.add_row(name, *numbers)
+            taken = [each for each in self._recent if name in each.parts and not each.skipped]
+            means = [
+                _mean_of([getattr(each.parts[name], number) for each in taken])
+                for number in ("gradient_norm", "update_ratio")
+            ]
+            table.add_row(name, f"{part.trains:,}", _rate(part), *means)
         return [table]
 
     def _cells(self, report: AnyReport) -> dict[str, str]:
@@ -192,6 +197,17 @@ def _fitting(widths: dict[str, int], width: int) -> list[str]:
         if sum(shown.values()) > width:
             shown.pop(name, None)
     return list(shown)
+
+
+def _rate(part: PartReport) -> str:
+    """Of a part, from the lowest to the highest where they differ."""
+    if part.lr_least == part.lr:
+        return f"{part.lr:.2e}"
+    return f"{part.lr_least:.1e}–{part.lr:.1e}"
+
+
+def _mean_of(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.2e}" if values else "–"
 
 
 def _clock(seconds: float) -> str:

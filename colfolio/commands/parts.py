@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -24,6 +24,7 @@ from colfolio.models.projected import ProjectedBackbone
 from colfolio.models.selectors import PARTS
 from colfolio.training import TrainSettings
 from colfolio.training.start import begin_policy, check_settings
+from colfolio.training.thaw import openings
 
 _MIB = 2**20
 _SHORT = {
@@ -41,7 +42,7 @@ class _Row:
     Args:
         layers: as in a selector; empty in parts without.
         dtype: of the files.
-        trains: `yes`, `no` or `partly`.
+        trains: `yes`, `no` or `partly`, or the stage that opens all of it.
     """
 
     part: str
@@ -100,7 +101,8 @@ def _table(outline: ModelOutline, found: Inventory, settings: TrainSettings) -> 
         table.add_column(name, justify="right" if name in ("parameters", "share") else "left")
     for name in ("weights", "gradient", "state"):
         table.add_column(name, justify="right")
-    for row in (*_rows(model, found), _Row("all", "", "", "", everything)):
+    opened = _opened_by(model, settings)
+    for row in (*_rows(model, found, opened), _Row("all", "", "", "", everything)):
         count = _count(row.weights)
         dtype = row.dtype if outline.has_dtypes or row.part == "adapters" else "?"
         table.add_row(
@@ -117,26 +119,39 @@ def _table(outline: ModelOutline, found: Inventory, settings: TrainSettings) -> 
     return table
 
 
-def _rows(model: ProjectedBackbone, found: Inventory) -> Iterator[_Row]:
+def _opened_by(model: ProjectedBackbone, settings: TrainSettings) -> dict[str, str]:
+    """The stage that opens each parameter, as errors call it."""
+    return {
+        name: f"thaw.{number}"
+        for number, opening in enumerate(openings(model, settings.thaw))
+        for name in opening.names
+    }
+
+
+def _rows(model: ProjectedBackbone, found: Inventory, opened: Mapping[str, str]) -> Iterator[_Row]:
     """The parts from the bottom up, each in as few rows as it has kinds of layers."""
     named = dict(model.named_parameters())
+
+    def kind(item: tuple[int | None, list[str]]) -> tuple[str, str]:
+        """Dtype, and whether they train."""
+        dtypes = sorted({_SHORT[named[name].dtype] for name in item[1]})
+        trains = {_trains(named[name], opened.get(name, "no")) for name in item[1]}
+        return ", ".join(dtypes), trains.pop() if len(trains) == 1 else "partly"
+
     for part in PARTS:
-        layers: dict[int | None, list[Tensor]] = {}
+        layers: dict[int | None, list[str]] = {}
         for name, place in found.places.items():
             if place.part == part:
-                layers.setdefault(place.layer, []).append(named[name])
-        for (dtype, trains), alike in groupby(layers.items(), lambda item: _kind(item[1])):
-            numbers, weights = zip(*alike, strict=True)
+                layers.setdefault(place.layer, []).append(name)
+        for (dtype, trains), alike in groupby(layers.items(), kind):
+            numbers, names = zip(*alike, strict=True)
             written = ranges(number for number in numbers if number is not None)
-            yield _Row(part, ", ".join(written), dtype, trains, tuple(chain(*weights)))
+            weights = tuple(named[name] for name in chain(*names))
+            yield _Row(part, ", ".join(written), dtype, trains, weights)
 
 
-def _kind(weights: Sequence[Tensor]) -> tuple[str, str]:
-    """Dtype, and whether they train."""
-    dtypes = sorted({_SHORT[weight.dtype] for weight in weights})
-    trains = {weight.requires_grad for weight in weights}
-    word = "partly" if len(trains) > 1 else "yes" if trains == {True} else "no"
-    return ", ".join(dtypes), word
+def _trains(weight: Tensor, otherwise: str) -> str:
+    return "yes" if weight.requires_grad else otherwise
 
 
 def _count(weights: Iterable[Tensor]) -> int:

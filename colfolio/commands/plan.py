@@ -96,15 +96,36 @@ def _sizes(recipe: TrainRecipe, model: Retriever | Generator) -> BatchSize | Tex
 
 def _print_head(plan: Plan, recipe_path: Path) -> None:
     ranks = f"{plan.ranks} ranks" if plan.ranks > 1 else "1 rank"
+    first = plan.phases[0]
+    trained = f"{first.num_trained / 1e6:,.1f} M of {first.num_weights / 1e6:,.1f} M weights train"
     lines = [
         f"{recipe_path} on {plan.machine.name}, {ranks}",
-        f"{plan.numerics.precision}, attention {plan.numerics.attention}; "
-        f"{plan.num_trained / 1e6:,.1f} M of {plan.num_weights / 1e6:,.1f} M weights train",
+        f"{plan.numerics.precision}, attention {plan.numerics.attention}; {trained}",
         f"a batch: {_batch_line(plan.batch)}",
         f"  ({plan.batch.origin})",
         "",
     ]
     console().print("\n".join(lines), markup=False)
+    if len(plan.phases) > 1:
+        console().print(_phase_table(plan))
+
+
+def _phase_table(plan: Plan) -> Table:
+    """What each opening of a stage comes to."""
+    table = Table(title="what opens when", title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for name in ("from step", "weights train", "memory", "TFLOP a step"):
+        table.add_column(name, justify="right")
+    for phase in plan.phases:
+        table.add_row(
+            phase.name or "the beginning",
+            f"{phase.first:,}" + ("" if phase.is_exact else " or later"),
+            f"{phase.num_trained / 1e6:,.1f} M",
+            _size(phase.taken),
+            _number(plan.flops_of(phase) / 1e12),
+        )
+    table.add_row()
+    return table
 
 
 def _batch_line(batch: BatchSize | TextSize) -> str:
@@ -119,27 +140,31 @@ def _batch_line(batch: BatchSize | TextSize) -> str:
 
 def _memory_table(plan: Plan) -> Table:
     title = "memory of each rank" if plan.ranks > 1 else "memory"
+    phase = plan.largest
+    if len(plan.phases) > 1:
+        title += f" from {phase.name} on" if phase.name else " in the beginning"
     table = _table(title)
-    for part in [*plan.fixed, *_graph_parts(plan)]:
+    for part in [*phase.fixed, *_graph_parts(plan)]:
         table.add_row(part.name, _size(part.num_bytes))
     table.add_row()
-    table.add_row("at the highest moment of a step", _size(plan.taken))
+    table.add_row("at the highest moment of a step", _size(phase.taken))
     total = _size(plan.machine.num_bytes)
     table.add_row(f"there is ({total}, less {MARGIN:.0%})", _size(plan.usable))
     return table
 
 
 def _graph_parts(plan: Plan) -> list[Part]:
+    own = plan.largest.own
     if isinstance(plan.batch, TextSize):  # no graph outlives its chunk
-        return [Part("a chunk at work, its logits included", plan.own.working)]
+        return [Part("a chunk at work, its logits included", own.working)]
     return [
-        Part("graphs kept from the first pass to the second", plan.own.kept),
-        Part("a chunk at work", plan.own.working),
+        Part("graphs kept from the first pass to the second", own.kept),
+        Part("a chunk at work", own.working),
     ]
 
 
 def _print_verdict(plan: Plan) -> None:
-    own, advice = plan.own, plan.advice
+    own, advice = plan.largest.own, plan.largest.advice
     counts = ", ".join(f"{count} of {rows}" for rows, count in own.num_chunks.items())
     size = "all rows" if own.chunk_tokens is None else f"{own.chunk_tokens:,} tokens"
     lines = [f"chunks of {size}: {counts}; {_passes(own)}"]
@@ -157,7 +182,7 @@ def _passes(cut: Chunking) -> str:
 
 
 def _nothing_fits(plan: Plan) -> str:
-    before = sum(part.num_bytes for part in plan.fixed)
+    before = max(sum(part.num_bytes for part in phase.fixed) for phase in plan.phases)
     if before > plan.usable:
         return (
             f"{_size(before)} are taken before any graph: freeze layers, keep the optimiser's\n"
@@ -168,24 +193,29 @@ def _nothing_fits(plan: Plan) -> str:
 
 def _print_lever(plan: Plan) -> None:
     """What the recipe would come to with all layers checkpointed."""
-    lines = [f"with `gradient_checkpointing: all` it takes {_size(plan.taken)}"]
-    if not plan.fits and plan.advice is not None:
-        lines.append(f"  and fits with {_memory_line(plan.advice)}")
+    phase = plan.largest
+    lines = [f"with `gradient_checkpointing: all` it takes {_size(phase.taken)}"]
+    if not plan.fits and phase.advice is not None:
+        lines.append(f"  and fits with {_memory_line(phase.advice)}")
     console().print("\n".join(lines) + "\n", markup=False)
 
 
 def _faults(plan: Plan) -> list[str]:
     """Why the recipe cannot be trained as it stands, with the numbers."""
-    own = plan.own
-    faults = []
-    if plan.loading > plan.usable:
+    own, faults = plan.largest.own, []
+    loading, *opening = plan.phases
+    if loading.whole > plan.usable:
         faults.append(
-            f"does not fit: the model is loaded whole before it is shared, {_size(plan.loading)}"
+            f"does not fit: the model is loaded whole before it is shared, {_size(loading.whole)}"
         )
-    if plan.taken > plan.usable:
-        faults.append(
-            f"does not fit: {_size(plan.taken)} are needed, {_size(plan.usable)} are there"
-        )
+    faults += [
+        f"does not fit: {phase.name} puts the model together to open, {_size(phase.whole)}"
+        for phase in opening
+        if phase.whole > plan.usable
+    ]
+    taken = plan.largest.taken
+    if taken > plan.usable:
+        faults.append(f"does not fit: {_size(taken)} are needed, {_size(plan.usable)} are there")
     if not own.fits_budget:
         assert own.activation_bytes is not None
         faults.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from colfolio.commands.run_folder import TrainRecipe
 from colfolio.errors import CheckpointError
-from colfolio.models.outline import outline_of
+from colfolio.models.generator_outline import model_outline_of
 from colfolio.training.start import begin_policy, check_settings
 
 
@@ -19,10 +19,10 @@ def check_policy(recipe: TrainRecipe) -> None:
     settings = recipe.train
     check_settings(settings)
     is_full = not (settings.frozen or settings.lora or settings.thaw)
-    if is_full or settings.objective == "generation":
+    if is_full:
         return
     try:
-        model = outline_of(recipe.model).retriever
+        model = model_outline_of(recipe.model, settings.objective).model
     except CheckpointError:  # told when the model is loaded, if it cannot be
         return
     begin_policy(model, settings)

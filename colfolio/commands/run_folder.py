@@ -166,9 +166,13 @@ class RunFolder:
         return {f"{row['split']} {name}": row[name] for name in row if name not in about}
 
     def append(self, kind: str, values: dict[str, Any]) -> None:
-        """Write one line of the log; it is on its way to the disk when this returns."""
+        """Write one line of the log; it is on its way to the disk when this returns.
+
+        A number that is not finite is written as null, for JSON has none.
+        """
+        line = json.dumps(_finite({"kind": kind} | values), allow_nan=False)
         with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind} | values) + "\n")
+            file.write(line + "\n")
 
 
 def told_recipe(recipe: TrainRecipe) -> dict[str, Any]:
@@ -201,6 +205,15 @@ def recipe_of(run: Path, overrides: Sequence[str] = ()) -> TrainRecipe:
                 f"which is {', '.join(free)}; start a new run"
             )
     return recipe
+
+
+def _finite(value: Any) -> Any:
+    """A value of a log's line, with None for each number in it that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _name(path_or_id: str) -> str:

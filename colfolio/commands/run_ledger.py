@@ -16,7 +16,7 @@ from colfolio.training.thaw_schedule import trains_line
 def ledger_of(state: TrainingState, splits: Splits) -> Ledger | TextLedger:
     """What every rank counts, so that all of them refuse what cannot be trained."""
     settings, ranks, dataset = state.settings, state.world.size, splits.train
-    trains = trains_line(state.model, settings.thaw[len(state.opened) :], settings.thaw_window)
+    trains = trains_line(state.model, settings, len(state.opened))
     computed = {"precision": settings.precision, "attention": state.kernel}
     if isinstance(dataset, ConversationDataset):
         chat, vocabulary = state.generator.chat, state.generator.vocabulary

@@ -12,6 +12,9 @@ from rich.console import Console
 from colfolio.commands.live import LiveTraining
 from colfolio.commands.run_folder import RunFolder, TrainRecipe
 from colfolio.commands.tensorboard import TensorBoardLog
+from colfolio.diagnosis.plateau import PlateauWatch, is_due, named_plateaus
+from colfolio.diagnosis.run_evidence import evidence_of_log
+from colfolio.diagnosis.training_log import read_log
 from colfolio.training import AnyReport
 
 
@@ -24,6 +27,8 @@ class RunLog:
 
     def __init__(self, run: RunFolder, recipe: TrainRecipe, console: Console, step: int) -> None:
         self._run = run
+        self._steps = recipe.train.steps
+        self._watch = PlateauWatch(named_plateaus(read_log(run.log)) if run.log.exists() else ())
         metric = "ndcg@5" if recipe.train.objective == "retrieval" else "loss"
         self._live = LiveTraining(console, recipe.train.steps, metric)
         self._events: TensorBoardLog | None = None
@@ -58,3 +63,16 @@ class RunLog:
         self._live.evaluation(step, values)
         if self._events:
             self._events.evaluation(step, split, values)
+
+    def look(self, step: int) -> None:
+        """Say what keeps the run from learning, where a look at its log is due and finds it."""
+        if not is_due(step, self._steps):
+            return
+        finding = self._watch.see(evidence_of_log(read_log(self._run.log)))
+        if finding is None:
+            return
+        told = finding.paragraph()
+        self._run.append("diagnosis", {"step": step, "cause": finding.cause, "told": told})
+        self._live.diagnosis(step, told)
+        if self._events:
+            self._events.diagnosis(step, told)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from colfolio.commands.run_folder import TrainRecipe
 from colfolio.data.conversations import ConversationDataset, load_conversations
 from colfolio.data.dataset import RetrievalDataset, load_dataset
+from colfolio.errors import RecipeError
 from colfolio.evaluation import Pool, draw_pool, validation_metrics
 from colfolio.models.precision import autocast
 from colfolio.training import TrainingState
@@ -30,6 +31,19 @@ class Splits(NamedTuple):
 
     train: RetrievalDataset | ConversationDataset
     validation: Validation | None
+
+
+def check_validation(recipe: TrainRecipe) -> None:
+    """Refuse negatives where there are none.
+
+    Raises:
+        RecipeError: names the key in `validation`.
+    """
+    pool = recipe.validation.pool
+    if recipe.train.objective == "generation" and pool is not None:
+        raise RecipeError(
+            f"is {pool}, and objective generation has no negatives to draw; leave it out", "pool"
+        )
 
 
 def load_splits(recipe: TrainRecipe) -> Splits:

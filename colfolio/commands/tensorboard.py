@@ -35,9 +35,7 @@ class TensorBoardLog:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        self._writer = _writer_class()(
-            str(folder), purge_step=step + 1 if step else None, flush_secs=_FLUSH_SECONDS
-        )
+        self._writer = _writer_class()(str(folder), purge_step=step + 1, flush_secs=_FLUSH_SECONDS)
 
     def __enter__(self) -> TensorBoardLog:
         return self
@@ -63,6 +61,10 @@ class TensorBoardLog:
     def evaluation(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Write all numbers of an evaluation."""
         self._add(split, values, step)
+
+    def diagnosis(self, step: int, told: str) -> None:
+        """Write what is the matter, as text."""
+        self._writer.add_text("diagnosis", told, step)
 
     def _add(self, group: str, values: Mapping[str, Any], step: int) -> None:
         for name, value in values.items():

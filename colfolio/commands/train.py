@@ -17,9 +17,11 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from colfolio.commands.check import first_checks, say_first
 from colfolio.commands.console import console
 from colfolio.commands.policy import check_policy
 from colfolio.commands.ranks import ranks_to_start
+from colfolio.commands.run_evidence import RunEvidence
 from colfolio.commands.run_folder import (
     RunFolder,
     TrainRecipe,
@@ -29,14 +31,16 @@ from colfolio.commands.run_folder import (
 )
 from colfolio.commands.run_ledger import ledger_of, log_ledger, say_ledger
 from colfolio.commands.run_log import RunLog
-from colfolio.commands.run_report import write_run_report
-from colfolio.commands.splits import Splits, load_splits, validate
+from colfolio.commands.run_report import examples_of, write_run_report
+from colfolio.commands.splits import Splits, check_validation, load_splits, validate
 from colfolio.commands.tensorboard import check_tensorboard
 from colfolio.config import load_settings, naming_lines
 from colfolio.diagnosis import check_reachable
 from colfolio.distributed import SharedError, World, join_world, launch
 from colfolio.errors import ColfolioError
 from colfolio.models.generator import Generator
+from colfolio.models.generator_files import refuse_generator
+from colfolio.models.hub import locate
 from colfolio.models.retriever import Retriever
 from colfolio.training import (
     AnyReport,
@@ -49,6 +53,8 @@ from colfolio.training import (
     train,
 )
 from colfolio.training.feature_cache import FeatureCache
+from colfolio.training.loop import check_epochs
+from colfolio.training.opening import bottom_opening
 
 # what gloo says when a rank that it talks to is gone
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -60,10 +66,12 @@ def train_command(
     *,
     device: str | None = None,
     ranks: int | None = None,
+    unchecked: bool = False,
 ) -> int:
     """Train from a recipe; the model stands in `out/model` when all steps are done.
 
     Args:
+        unchecked: go on although a check before the first step fails.
         ranks: processes to train in on this host; None is one a GPU, or the world that a launcher
             made, of which this process is a rank.
 
@@ -80,12 +88,15 @@ def train_command(
     run.check_free()
     count = ranks_to_start(ranks, device)
     check_reachable(recipe.train, count)
+    with naming_lines(recipe_path, "validation", overrides):
+        check_validation(recipe)
     with naming_lines(recipe_path, "train", overrides):
         check_policy(recipe)
         if count > 1:
-            return launch(["train", str(recipe_path), *overrides, *_device_option(device)], count)
+            options = [*_device_option(device), *(["--unchecked"] if unchecked else [])]
+            return launch(["train", str(recipe_path), *overrides, *options], count)
         with join_world(device) as world, _told_once(world):
-            _train(recipe, run, world, device)
+            _train(recipe, run, world, device, unchecked=unchecked)
     return 0
 
 
@@ -162,16 +173,20 @@ def _is_lost_connection(error: RuntimeError) -> bool:
     return any(words in said for words in _LOST) or (is_of_nccl and "remote process" in said)
 
 
-def _train(recipe: TrainRecipe, run: RunFolder, world: World, device: str | None) -> None:
+def _train(
+    recipe: TrainRecipe, run: RunFolder, world: World, device: str | None, *, unchecked: bool
+) -> None:
     state, splits = _begin(recipe, run, world, device)
     with world.together():
         reports = train(state, splits.train)  # refuses before a folder is made
         ledger = ledger_of(state, splits)
         run.check_free()
+    checks = first_checks(state, splits, ledger, recipe.model, unchecked=unchecked)
     if world.is_main:
         run.begin(recipe)
         log_ledger(run, 0, ledger)
         say_ledger(ledger)
+        say_first(checks)
     # a run that is killed before its first step must not begin again from another base
     save_checkpoint(state, run.checkpoints, splits.train.fingerprint, recipe.checkpoint.keep)
     _run(reports, state, splits, recipe, run)
@@ -206,6 +221,7 @@ def _begin(
     with world.together():
         check_reachable(recipe.train, world.size)
         splits = load_splits(recipe)
+        check_epochs(recipe.train, splits.train)
     fingerprint = splits.train.fingerprint
     world.same_everywhere(fingerprint, "training split")
     if checkpoint is not None:
@@ -214,6 +230,8 @@ def _begin(
     else:
         with world.together():
             kind = Generator if recipe.train.objective == "generation" else Retriever
+            if kind is Retriever:
+                refuse_generator(locate(recipe.model, with_weights=False).folder)
             model = kind.from_pretrained(recipe.model, device=device)
         if world.size > 1:
             world.same_everywhere(model.fingerprint(), "base")
@@ -246,17 +264,25 @@ def _run(
         save_checkpoint, state, run.checkpoints, splits.train.fingerprint, recipe.checkpoint.keep
     )
     log = RunLog(run, recipe, console(), state.step) if state.world.is_main else None
+    evidence = RunEvidence(run, recipe, state, splits)
     has_fault = False
     with (
         log or nullcontext(),
         _stop_after_step() as asked,
         _full_memory_told(recipe, run),
         _saved(state, save),
+        evidence.fault_told(),
     ):
+        evidence.begin()
+        if log:
+            log.look(state.step)
         for report in reports:
             if log:
                 log.step(report)
                 has_fault = has_fault or _say_fault(state.exact.cache)
+            evidence.step(report)
+            if log:
+                log.look(report.step)
             is_last = report.step == recipe.train.steps
             if splits.validation and (is_last or report.step % recipe.validation.every == 0):
                 values = validate(state, splits.validation)
@@ -272,9 +298,11 @@ def _run(
     metrics = run.metrics() if state.world.is_main else None
     told = {"recipe": told_recipe(recipe), "data": data, "metrics": metrics}
     save_model(state, run.model, base=recipe.model, **told)
+    validation = splits.validation and splits.validation.dataset
+    examples = examples_of(state, validation)
     if log:
-        write_run_report(run, recipe, splits.validation and splits.validation.dataset)
-        _say_cache(state.exact.cache)
+        write_run_report(run, recipe, validation, examples)
+        _say_cache(state)
         _say(f"{run.model}: trained for {recipe.train.steps} steps")
 
 
@@ -312,11 +340,17 @@ def _no_memory(recipe: TrainRecipe, run: RunFolder, error: torch.OutOfMemoryErro
     )
 
 
-def _say_cache(cache: FeatureCache | None) -> None:
+def _say_cache(state: TrainingState) -> None:
     """What keeping the output of frozen layers came to."""
-    if cache is not None:
+    cache, opening = state.exact.cache, bottom_opening(state)
+    if cache is None:
+        return
+    if opening is None:
         _say(f"features    {cache.entries} kept, read {cache.hits} times")
-        _say_fault(cache)
+    else:
+        label, step = opening
+        _say(f"features    read {cache.hits} times, dropped when {label} opened at step {step}")
+    _say_fault(cache)
 
 
 def _say_fault(cache: FeatureCache | None) -> bool:

@@ -50,12 +50,22 @@ class Drawing:
     svg: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A step that gets a line in every curve: its short name, and what happened there."""
+
+    step: int
+    name: str
+    told: str = ""
+
+
 @contextmanager
-def drawing(marks: Sequence[int] = ()) -> Iterator[Drawing]:
-    """Empty axes over steps.
+def drawing(marks: Sequence[Mark] = (), across: str = "step") -> Iterator[Drawing]:
+    """Empty axes.
 
     Args:
-        marks: steps that get a numbered line.
+        marks: steps that get a line with a name.
+        across: what the horizontal axis is.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.6, 2.3), layout="constrained", facecolor="none")
@@ -63,21 +73,27 @@ def drawing(marks: Sequence[int] = ()) -> Iterator[Drawing]:
         axes = figure.add_subplot(facecolor="none")
         axes.grid(axis="y", color=FAINT, linewidth=0.5, alpha=0.6)
         axes.margins(x=0.02)
-        axes.set_xlabel("step")
+        axes.set_xlabel(across)
         drawn = Drawing(axes)
         yield drawn
-        for number, step in enumerate(marks, start=1):
-            _mark(axes, step, str(number))
+        for mark in marks:
+            _mark(axes, mark.step, mark.name)
         drawn.svg = _svg(figure)
 
 
 def binned(
     steps: Sequence[int], values: Sequence[float], num_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Means of steps and values over at most `num_bins` equal stretches; gaps are left out."""
+    """Means of steps and values over at most `num_bins` equal stretches; gaps are left out.
+
+    What is left over is a shorter stretch at the beginning, so that the last mean is a whole one's.
+    """
     pairs = np.array([steps, values], dtype=np.float64)
     pairs = pairs[:, np.isfinite(pairs[1])]
-    stretches = np.array_split(pairs, min(num_bins, max(1, pairs.shape[1])), axis=1)
+    count = pairs.shape[1]
+    size = max(1, -(-count // num_bins))
+    cuts = range(count % size or size, count, size)
+    stretches = np.split(pairs, list(cuts), axis=1)
     means = np.array([stretch.mean(axis=1) for stretch in stretches if stretch.size])
     return means[:, 0], means[:, 1]
 

@@ -139,6 +139,7 @@ class ProbeSignals:
         score_error: largest difference of a score from the same product in float64, over `spread`.
         histogram: counts of scores in equal bins, of positives and of negatives.
         edges: lower and upper end of the histogram.
+        query_spread: standard deviation of a document's scores, mean over documents.
     """
 
     step: int
@@ -166,6 +167,7 @@ class ProbeSignals:
     score_error: float
     histogram: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     edges: tuple[float, float] = (0.0, 0.0)
+    query_spread: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,7 @@ class Fault:
     """Numbers that were no numbers any more, and where they came from.
 
     Args:
-        step: that was not done.
+        step: the last that was done.
         what: `loss` or `gradient`.
         module: the first module whose output was not finite, or the parameter of a gradient that
             was not; empty if it could not be found.

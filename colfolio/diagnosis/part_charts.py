@@ -12,6 +12,7 @@ from colfolio.diagnosis.drawing import (
     ACCENT,
     PART_COLOURS,
     SMOOTH_POINTS,
+    Mark,
     binned,
     drawing,
 )
@@ -28,34 +29,35 @@ _LEAST_GAP = 0.085  # of the axis between two names
 _Line = tuple[np.ndarray, np.ndarray]
 
 
-def part_charts(rows: Sequence[LoggedStep], opened: Sequence[int]) -> list[tuple[str, str]]:
-    """Title and SVG of each curve; none for a log that says nothing of parts.
-
-    Args:
-        opened: steps to mark.
-    """
-    return [chart for name, title in _CURVES.items() for chart in _chart(rows, name, title, opened)]
+def part_charts(rows: Sequence[LoggedStep], marks: Sequence[Mark]) -> list[tuple[str, str]]:
+    """Title and SVG of each curve; none for a log that says nothing of parts."""
+    return [chart for name, title in _CURVES.items() for chart in _chart(rows, name, title, marks)]
 
 
 def _chart(
-    rows: Sequence[LoggedStep], name: str, title: str, opened: Sequence[int]
+    rows: Sequence[LoggedStep], name: str, title: str, marks: Sequence[Mark]
 ) -> list[tuple[str, str]]:
     lines: dict[str, _Line] = {
         part: line for part in PARTS if (line := _line(rows, part, name)) is not None
     }
     if not lines:
         return []
+    floors = {part: _least_rates(rows, part) for part in lines} if name == "lr" else {}
     colours: dict[str, str] = dict(zip(PARTS, cycle(PART_COLOURS), strict=False))
-    if _are_equal(lines):
+    if _are_equal(lines) and not any(floors.values()):
         lines, colours = {"all": next(iter(lines.values()))}, {"all": ACCENT}
-    with drawing(opened) as drawn:
+    with drawing(marks) as drawn:
         axes = drawn.axes
         axes.set_yscale("log")
         axes.set_xlim(rows[0].step, rows[-1].step)
         for part, line in lines.items():
             axes.plot(*line, color=colours[part], linewidth=1.5, solid_capstyle="round")
-        highest = max(values.max() for _, values in lines.values())
-        lowest = min(values.min() for _, values in lines.values())
+            if floor := floors.get(part):
+                axes.plot(*floor, color=colours[part], linewidth=0.8)
+                axes.fill_between(*line, floor[1], color=colours[part], alpha=0.15, linewidth=0)
+        drawn_lines = [*lines.values(), *filter(None, floors.values())]
+        highest = max(values.max() for _, values in drawn_lines)
+        lowest = min(values.min() for _, values in drawn_lines)
         axes.set_ylim(max(lowest * 0.8, highest / 10**_DECADES), highest * 1.4)
         _name_lines(axes, lines, colours)
     return [(title, drawn.svg)]
@@ -73,6 +75,17 @@ def _line(rows: Sequence[LoggedStep], part: str, name: str) -> _Line | None:
         return None
     steps, values = zip(*positive, strict=True)
     return binned(steps, values, SMOOTH_POINTS)
+
+
+def _least_rates(rows: Sequence[LoggedStep], part: str) -> _Line | None:
+    """The lowest rate in a part, at the places of its highest; None where they never differ."""
+    taken = [row for row in rows if part in row.parts and not row.is_skipped]
+    found = [(row.step, row.parts[part].lr, row.parts[part].lr_least) for row in taken]
+    if all(least in (None, highest) for _, highest, least in found):
+        return None
+    shown = [each for each in found if 0 < each[1] < float("inf")]
+    least_rates = [highest if least is None else least for _, highest, least in shown]
+    return binned([step for step, *_ in shown], least_rates, SMOOTH_POINTS)
 
 
 def _are_equal(lines: dict[str, _Line]) -> bool:

@@ -20,8 +20,13 @@ from jaxtyping import UInt8
 from markupsafe import Markup
 from PIL import Image
 
-from colfolio.diagnosis.charts import training_charts
+from colfolio.diagnosis.causes import HEALTHY, diagnose
+from colfolio.diagnosis.charts import run_marks, training_charts
+from colfolio.diagnosis.heat_examples import HeatExample
 from colfolio.diagnosis.ledger_lines import compared_line, ledger_rows
+from colfolio.diagnosis.probe_charts import probe_charts, score_histograms
+from colfolio.diagnosis.run_evidence import evidence_of_log
+from colfolio.diagnosis.text_ledger import text_ledger_rows
 from colfolio.diagnosis.training_log import TrainingLog
 
 MAX_REPORT_BYTES = 3_000_000
@@ -122,6 +127,7 @@ class ReportData:
         hits: queries whose answer came first.
         misses: queries whose answer did not.
         page_hits: answers on whole pages.
+        heat: where the scores of hits and misses come from.
         notes: what the reader should know, a paragraph each.
         environment: name and value: machine, versions, seed.
     """
@@ -137,6 +143,7 @@ class ReportData:
     hits: Sequence[Example] = ()
     misses: Sequence[Example] = ()
     page_hits: Sequence[PageHit] = ()
+    heat: Sequence[HeatExample] = ()
     notes: Sequence[str] = ()
     environment: Sequence[tuple[str, str]] = ()
 
@@ -179,14 +186,28 @@ def image_uri(image: UInt8[np.ndarray, "height width 3"], max_width: int) -> str
 def _training_of(report: ReportData) -> dict[str, Any]:
     """What the report says of the training run, by the template's names."""
     log = report.log or TrainingLog((), ())
-    charts = training_charts(log, report.chance_ndcg)
+    evidence, marks = evidence_of_log(log), run_marks(log)
+    curves = [
+        *training_charts(log, report.chance_ndcg),
+        *probe_charts(evidence.probes, marks),
+    ]
     return {
-        "curves": [(title, Markup(svg)) for title, svg in charts],
-        "ledger": ledger_rows(log.ledger) if log.ledger else [],
+        "diagnosis": diagnose(evidence) if log.steps or log.facts else None,
+        "healthy": HEALTHY,
+        "curves": [(title, Markup(svg)) for title, svg in curves],
+        "histograms": [(title, Markup(svg)) for title, svg in score_histograms(evidence.probes)],
+        "ledger": _ledger_of(log),
+        "is_text": log.text_ledger is not None,
         "compared": compared_line(log.steps),
         "has_pool": any("negatives" in row.values for row in log.evaluations),
-        "opened": [(row.step - 1, ", ".join(row.opened)) for row in log.steps if row.opened],
+        "marks": marks,
     }
+
+
+def _ledger_of(log: TrainingLog) -> list[tuple[str, str]]:
+    if log.text_ledger is not None:
+        return text_ledger_rows(log.text_ledger)
+    return ledger_rows(log.ledger) if log.ledger else []
 
 
 def _environment() -> jinja2.Environment:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from colfolio.diagnosis.ledger import Ledger
+from colfolio.diagnosis.text_ledger import TextLedger
 from colfolio.errors import ColfolioError
 
-_LEDGER = TypeAdapter(Ledger)
+_LEDGER, _TEXT_LEDGER = TypeAdapter(Ledger), TypeAdapter(TextLedger)
 _NUMBERS = (
     "chance",
     "margin",
@@ -34,11 +35,17 @@ _NUMBERS = (
 
 @dataclass(frozen=True, slots=True)
 class LoggedPart:
-    """What one step did to a part of the model; NaN where that was no number."""
+    """What one step did to a part of the model; NaN where that was no number.
+
+    Args:
+        lr, lr_least: the highest and the lowest learning rate of its parameters; the lowest is None
+            in the log of an older version.
+    """
 
     lr: float
     gradient_norm: float
     update_ratio: float
+    lr_least: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +95,27 @@ class TrainingLog:
         evaluations: evaluations during training, rising.
         num_unreadable: lines left out, such as the last line of a run that was killed.
         ledger: what the run said of its batches when it last began; None if it said nothing.
+        facts: what was asked for, what data and model were: as the run noted it when it began, and
+            again where that changed. Like what follows, in the words of the log.
+        probes: measurements of the run's probe, rising.
+        diagnoses: what the run was told of itself while it went on, rising.
+        fault: the numbers that ended it; None if it was not that.
+        text_ledger: what a run of the objective `generation` has instead of a ledger.
     """
 
     steps: tuple[LoggedStep, ...]
     evaluations: tuple[LoggedEvaluation, ...]
     num_unreadable: int = 0
     ledger: Ledger | None = None
+    facts: tuple[Mapping[str, Any], ...] = ()
+    probes: tuple[Mapping[str, Any], ...] = ()
+    diagnoses: tuple[Mapping[str, Any], ...] = ()
+    fault: Mapping[str, Any] | None = None
+    text_ledger: TextLedger | None = None
 
 
 def read_log(path: Path) -> TrainingLog:
-    """Steps, evaluations and ledger of a `log.jsonl`; lines of other kinds are passed over.
+    """All that a `log.jsonl` says of a run; lines of unknown kinds are passed over.
 
     Raises:
         ColfolioError: the file cannot be read.
@@ -108,12 +126,21 @@ def read_log(path: Path) -> TrainingLog:
         raise ColfolioError(f"{path}: the training log cannot be read ({error.strerror})") from None
     steps: dict[int, LoggedStep] = {}
     evaluations: dict[tuple[int, str], LoggedEvaluation] = {}
-    ledger, num_unreadable = None, 0
+    others: dict[str, dict[int, Mapping[str, Any]]] = {"probe": {}, "diagnosis": {}}
+    facts: list[Mapping[str, Any]] = []
+    ledger, text_ledger, fault, num_unreadable = None, None, None, 0
     for line in filter(None, map(bytes.strip, lines)):
         try:
             row = json.loads(line)
             _take(row, steps, evaluations)
-            ledger = _LEDGER.validate_python(row) if row["kind"] == "ledger" else ledger
+            kind = row["kind"]
+            ledger = _LEDGER.validate_python(row) if kind == "ledger" else ledger
+            if kind == "text_ledger":
+                text_ledger = _TEXT_LEDGER.validate_python(row)
+            fault = row if kind == "fault" else fault
+            facts += [row] if kind == "facts" else []
+            if kind in others:
+                others[kind][int(row["step"])] = row
         except (ValueError, KeyError, TypeError):  # no JSON, a key is missing, not a number
             num_unreadable += 1
     return TrainingLog(
@@ -121,6 +148,11 @@ def read_log(path: Path) -> TrainingLog:
         tuple(evaluations[key] for key in sorted(evaluations)),
         num_unreadable,
         ledger,
+        tuple(facts),
+        _rising(others["probe"]),
+        _rising(others["diagnosis"]),
+        fault,
+        text_ledger,
     )
 
 
@@ -135,7 +167,7 @@ def _take(
         others = {name: _number(row.get(name)) for name in _NUMBERS}
         steps[step] = LoggedStep(
             step,
-            float(row["loss"]),
+            math.nan if row["loss"] is None else float(row["loss"]),
             **others,
             is_skipped=bool(row.get("skipped")),
             parts={
@@ -153,8 +185,16 @@ def _take(
         evaluations[found.step, found.split] = found
 
 
+def _rising(rows: Mapping[int, Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    return tuple(rows[step] for step in sorted(rows))
+
+
 def _part(values: dict[str, Any]) -> LoggedPart:
-    return LoggedPart(*(float(values[each.name]) for each in fields(LoggedPart)))
+    lr, gradient, update = (
+        math.nan if values[name] is None else float(values[name])
+        for name in ("lr", "gradient_norm", "update_ratio")
+    )
+    return LoggedPart(lr, gradient, update, _number(values.get("lr_least")))
 
 
 def _number(value: Any) -> float | None:

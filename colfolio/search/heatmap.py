@@ -16,6 +16,7 @@ from colfolio.errors import DocumentError, IndexStoreError
 from colfolio.search.layout import PageRecord
 from colfolio.search.searcher import Hit, Searcher
 
+WHOLE: BoxF = (0.0, 0.0, 1.0, 1.0)
 _SHOWN_DPI = 110.0
 _HEAT = (255, 140, 0)
 _FRAME = (214, 92, 0)
@@ -33,7 +34,7 @@ def heat_map(searcher: Searcher, hit: Hit, query: str) -> Float[np.ndarray, "row
     vectors = searcher.view_vectors(hit.view_id)
     visual = vectors[span.first : span.first + span.rows * span.columns]  # [rows * columns, dim]
     assert len(visual) == span.rows * span.columns, (len(vectors), span)
-    return _heat(searcher.encode(query).vectors, visual).view(span.rows, span.columns).numpy()
+    return visual_heat(searcher.encode(query).vectors, visual).view(span.rows, span.columns).numpy()
 
 
 def hit_image(searcher: Searcher, hit: Hit, query: str) -> UInt8[np.ndarray, "height width 3"]:
@@ -49,7 +50,7 @@ def hit_image(searcher: Searcher, hit: Hit, query: str) -> UInt8[np.ndarray, "he
     page = page_image(record)
     heat = heat_map(searcher, hit, query)
     left, top, right, bottom = searcher.views.regions[hit.view_id].tolist()
-    return _draw(page, heat, (left, top, right, bottom), hit.box)
+    return draw_heat(page, heat, (left, top, right, bottom), hit.box)
 
 
 def page_image(record: PageRecord) -> UInt8[np.ndarray, "height width 3"]:
@@ -80,20 +81,21 @@ def _is_unchanged(record: PageRecord) -> bool:
     return (stamp.st_size, stamp.st_mtime_ns) == (record.source_bytes, record.source_mtime_ns)
 
 
-def _heat(
+def visual_heat(
     query: Float[Tensor, "query_tokens dim"], visual: Float[Tensor, "visual_tokens dim"]
 ) -> Float[Tensor, " visual_tokens"]:
+    """How much each visual token answers some of a query's vectors, 0 to 1; see `heat_map`."""
     similarity = query.float() @ visual.T  # [query_tokens, visual_tokens]
     above = (similarity - similarity.mean(dim=1, keepdim=True)).clamp(min=0)
     heat = above.sum(dim=0)
     return heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)
 
 
-def _draw(
+def draw_heat(
     page: UInt8[np.ndarray, "height width 3"],
     heat: Float[np.ndarray, "rows columns"],
-    region: BoxF,
-    box: BoxF,
+    region: BoxF = WHOLE,
+    box: BoxF = WHOLE,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """The heat over its region of the page, within the box only; the box framed."""
     height, width = page.shape[:2]
@@ -110,7 +112,7 @@ def _draw(
     # multiplied, as a marker pen does: the ink stays black
     marked = ImageChops.multiply(image, Image.new("RGB", image.size, _HEAT))
     image.paste(marked, (0, 0), within)
-    if box != (0.0, 0.0, 1.0, 1.0):
+    if box != WHOLE:
         line = max(1, round(max(width, height) / 640))
         gap = 2 * line
         outer = (frame[0] - gap, frame[1] - gap, frame[2] + gap - 1, frame[3] + gap - 1)

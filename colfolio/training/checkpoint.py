@@ -175,12 +175,17 @@ def _read_state(path: Path) -> _Saved:
             values["dataset"],
             [ParameterGroup(**group) for group in groups],
             values["opened"],
-            Watch(**values["watch"]),
+            _watch(values["watch"]),
             LoraPlan(**values["adapter"]) if values["adapter"] else None,
             values["base_hash"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be resumed from: {error}") from None
+
+
+def _watch(values: dict[str, Any]) -> Watch:
+    """What later stages go by; windows that were judged by an earlier rule are begun anew."""
+    return Watch(**values) if "means" in values else Watch(at_chance=values["at_chance"])
 
 
 def _restore_parts(path: Path, model: Retriever | Generator, saved: _Saved) -> None:

@@ -29,23 +29,22 @@ class FrozenStates:
     """Runs the frozen layers, and keeps what they make of documents if there is a cache.
 
     Args:
-        retriever: whose parameters say what is frozen, anew at each step.
+        model: whose parameters say what is frozen, anew at each step.
         precision: in which the caller has it compute, settled.
         kernel: of its attention, settled likewise.
         cache: for the output, across epochs.
         world: of ranks that have to run the same units of a sharded model; else a world of one.
-
     """
 
     def __init__(
         self,
-        retriever: ProjectedBackbone,
+        model: ProjectedBackbone,
         precision: Precision,
         kernel: str,
         cache: FeatureCache | None,
         world: World,
     ) -> None:
-        self._retriever = retriever
+        self._model = model
         self._precision = precision
         self._kernel = kernel
         self.cache = cache
@@ -61,7 +60,7 @@ class FrozenStates:
         Raises:
             RecipeError: there is a cache, and the frozen layers drop at random.
         """
-        backbone = self._retriever.backbone
+        backbone = self._model.backbone
         self._borders = {
             is_visual: frozen_border(backbone, is_visual=is_visual) for is_visual in (True, False)
         }
@@ -85,7 +84,7 @@ class FrozenStates:
         if border is None:
             return None
         if self.cache is None or digests is None or not len(rows.grid_thw):
-            return self._retriever.run_below(rows.to(self._retriever.device), border)
+            return self._model.run_below(rows.to(self._model.device), border)
         return BorderOutput(border, self._from_cache(self.cache, rows, digests, border))
 
     def _from_cache(
@@ -102,19 +101,19 @@ class FrozenStates:
             for row, fresh in zip(missing, made, strict=False):
                 states[row] = fresh
                 cache.put(part, digests[row], fresh)
-        device = self._retriever.device
+        device = self._model.device
         return torch.cat([state.to(device) for state in states if state is not None])
 
     def _run(self, rows: Packed, border: Border) -> tuple[Tensor, ...]:
         """States at the border, row by row."""
-        lengths = border.lengths(rows, self._retriever.collator.budget.merge)
-        made = self._retriever.run_below(rows.to(self._retriever.device), border)
+        lengths = border.lengths(rows, self._model.collator.budget.merge)
+        made = self._model.run_below(rows.to(self._model.device), border)
         return made.states.split(lengths.tolist())
 
     def _fingerprint(self, border: Border) -> str:
         """Of all that decides what comes out at a border."""
-        retriever, device = self._retriever, self._retriever.device
-        modules = frozen_parts(retriever.backbone, border)
+        model, device = self._model, self._model.device
+        modules = frozen_parts(model.backbone, border)
         if list(map(id, modules)) != list(map(id, self._modules)):
             _refuse_dropout(modules)
             self._modules, self._weights = modules, FrozenWeights(modules)
@@ -123,20 +122,20 @@ class FrozenStates:
             # ranks of a sharded model hold a part each; ranks of a host may share a folder
             weights="".join(self._world.gather_objects(self._weights.fingerprint())),
             border=f"{border.tower} {border.layers}",
-            config=_config(retriever),
+            config=_config(model),
             precision=self._precision,
-            attention=self._kernel or str(retriever.backbone.config._attn_implementation),
+            attention=self._kernel or str(model.backbone.config._attn_implementation),
             device=torch.cuda.get_device_name(device) if is_cuda else device.type,
         )
         return part.fingerprint()
 
 
-def _config(retriever: ProjectedBackbone) -> str:
+def _config(model: ProjectedBackbone) -> str:
     """What the configuration and the contract decide, whatever folder they were read from."""
-    config = retriever.backbone.config
+    config = model.backbone.config
     parts = [config.vision_config.to_dict(), config.text_config.to_dict()]
     kept = [{key: part[key] for key in sorted(part) if key not in _SAYS_NOTHING} for part in parts]
-    return json.dumps(kept, default=str) + retriever.contract.model_dump_json()
+    return json.dumps(kept, default=str) + model.contract.model_dump_json()
 
 
 def row_digests(rows: Packed) -> tuple[bytes, ...]:

@@ -27,10 +27,10 @@ from colfolio.training.losses import ScoreSummary, check_masks, contrastive_loss
 from colfolio.training.opening import open_due_stages
 from colfolio.training.optim import check_scale, learning_rates, optimiser_step
 from colfolio.training.part_norms import PartNorms, trained_parts
-from colfolio.training.state import TrainingState
+from colfolio.training.state import TrainingState, TrainSettings
 from colfolio.training.step_report import GenerationReport, StepReport
 from colfolio.training.text_objective import text_backward, text_source
-from colfolio.training.thaw_schedule import check_schedule
+from colfolio.training.thaw_schedule import check_schedule, most_windows
 
 _Drawn = TypeVar("_Drawn")
 
@@ -50,9 +50,8 @@ def train(
         FloatingPointError: the loss or the gradient is no longer finite.
     """
     settings = state.settings
+    check_epochs(settings, dataset)
     an_epoch = _batches_an_epoch(dataset, settings.batch)
-    steps_an_epoch = an_epoch / settings.accumulation
-    check_schedule(settings.thaw, settings.thaw_window, settings.steps, steps_an_epoch)
     if isinstance(dataset, ConversationDataset):
         return _steps(state, text_source(state, dataset), an_epoch)
     is_taught = settings.loss.kind == "distillation"
@@ -66,6 +65,16 @@ def train(
         with_digests=state.exact.cache is not None,
     )
     return _steps(state, source, an_epoch)
+
+
+def check_epochs(settings: TrainSettings, dataset: RetrievalDataset | ConversationDataset) -> None:
+    """Refuse a stage that opens at an epoch which a run on these data does not reach.
+
+    Raises:
+        RecipeError: names the stage.
+    """
+    an_epoch = _batches_an_epoch(dataset, settings.batch) / settings.accumulation
+    check_schedule(settings.thaw, settings.thaw_window, settings.steps, an_epoch)
 
 
 def _batches_an_epoch(
@@ -88,7 +97,7 @@ def _steps(
     begin = time.perf_counter()
     num_batches = (settings.steps - state.step) * settings.accumulation
     coming = _ahead(source.batches(state.position), num_batches)
-    parts = _part_norms(state)
+    parts, windows = _part_norms(state), most_windows(settings.thaw)
     while drawn := _drawn(state, coming):
         opened = open_due_stages(state, state.position.epoch + state.position.index / an_epoch)
         parts = _part_norms(state) if opened else parts
@@ -99,7 +108,7 @@ def _steps(
         state.position = drawn[-1].after
         report = _report(state, summary, parts, norms, begin, rows, opened)
         if isinstance(report, StepReport):
-            state.watch.see(report, settings.thaw_window)
+            state.watch.see(report, settings.thaw_window, windows)
         yield report
         begin = time.perf_counter()
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from colfolio.models.parts import inventory
 from colfolio.training.optim import ParameterGroup, build_optimiser
 from colfolio.training.start import equip
 from colfolio.training.state import TrainingState
@@ -35,6 +36,23 @@ def open_due_stages(state: TrainingState, epoch: float) -> list[str]:
         _open(state, stages[number], opening)
         opened.append(opening.label)
     return opened
+
+
+def bottom_opening(state: TrainingState) -> tuple[str, int] | None:
+    """What opened together with the lowest layer, and with which step; None if that is frozen.
+
+    Where a run keeps features, the lowest layer is frozen in its beginning.
+    """
+    found = inventory(state.model)
+    steps = [
+        group.opened
+        for group in state.groups
+        if any(found.places[name].depth == 0 for name in group.names)
+    ]
+    if not steps:
+        return None
+    together = [group.names for group in state.groups if group.opened == min(steps)]
+    return found.label([name for names in together for name in names]), min(steps)
 
 
 def _open(state: TrainingState, stage: ThawStage, opening: Opening) -> None:

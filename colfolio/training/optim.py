@@ -22,6 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from colfolio.config import Settings
@@ -201,10 +202,23 @@ def optimiser_step(
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+    _keep_from_infinite(optimiser, norm, is_scaled=scaler.is_enabled())
     scaler.step(optimiser)
     scaler.update()
     optimiser.zero_grad(set_to_none=True)
     return norm
+
+
+def _keep_from_infinite(optimiser: Optimizer, norm: Tensor, *, is_scaled: bool) -> None:
+    """Let a step leave all weights as they are if the gradient's norm is not finite.
+
+    What made it so can then be looked for in the weights that made it. A scaler does the same by
+    itself; a step that is spread over ranks, or is not fused, knows no such thing.
+    """
+    weights = [weight for group in optimiser.param_groups for weight in group["params"]]
+    is_spread = any(isinstance(weight, DTensor) for weight in weights)
+    if isinstance(optimiser, AdamW) and not is_scaled and not is_spread:
+        optimiser.found_inf = (~norm.isfinite()).to(torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_scale(scaler: GradScaler) -> None:

@@ -84,6 +84,7 @@ class PartNorms:
                 gradient_norm=gradient,
                 update_ratio=ratio,
                 trains=sum(parameter.numel() for parameter in parameters),
+                lr_least=min(rates[id(parameter)] for parameter in parameters),
             )
             for (name, parameters), gradient, ratio in zip(
                 self._parts.items(), norms[::2], norms[1::2], strict=True

@@ -26,7 +26,7 @@ from colfolio.training.generation import ExactText
 from colfolio.training.optim import ParameterGroup, build_optimiser, build_scaler, first_groups
 from colfolio.training.state import TrainingState, TrainSettings
 from colfolio.training.thaw import apply_policy, openings, trained_names
-from colfolio.training.thaw_schedule import check_schedule
+from colfolio.training.thaw_schedule import check_schedule, most_windows
 from colfolio.training.unsharding import blank_copy
 
 
@@ -81,6 +81,13 @@ def check_settings(settings: TrainSettings) -> None:
         )
     if settings.objective == "generation":
         _check_generation(settings)
+    usual = TrainSettings.model_fields["thaw_window"].default
+    if settings.thaw_window != usual and not most_windows(settings.thaw):
+        raise RecipeError(
+            f"is {settings.thaw_window}, and no stage of `thaw` has margin_flat, which alone looks "
+            "at windows; leave it out",
+            "thaw_window",
+        )
     check_schedule(settings.thaw, settings.thaw_window, settings.steps)
 
 
@@ -195,11 +202,10 @@ def _check_generation(settings: TrainSettings) -> None:
         )
     for number, stage in enumerate(settings.thaw):
         if stage.margin_flat is not None or stage.at_chance is not None:
-            name = "at_chance" if stage.margin_flat is None else "margin_flat"
             raise RecipeError(
                 "is a signal of retrieval, and objective generation has none; let the stage open "
                 "at a step or an epoch",
-                f"thaw.{number}.{name}",
+                f"thaw.{number}.{stage.start}",
             )
 
 

@@ -14,12 +14,14 @@ class PartReport:
         gradient_norm: of its parameters together, before clipping.
         update_ratio: norm of the change of its weights over the norm of those weights.
         trains: number of parameters.
+        lr_least: the lowest learning rate of its parameters.
     """
 
     lr: float
     gradient_norm: float
     update_ratio: float
     trains: int
+    lr_least: float
 
 
 @dataclass(frozen=True, slots=True)

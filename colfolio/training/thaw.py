@@ -11,20 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
 
 from colfolio.config import Settings
 from colfolio.errors import RecipeError
-from colfolio.models.adapters import LoraSettings, add_lora, merge_layers
+from colfolio.models.adapters import LoraSettings, add_lora, has_adapter, merge_layers
 from colfolio.models.checkpoint import cast_parameters
 from colfolio.models.lora.placing import PROJECTION_NAME
 from colfolio.models.parts import Inventory, inventory
+from colfolio.models.projected import ProjectedBackbone
 from colfolio.models.selectors import ALL, parse_selector
 from colfolio.training.optim import OptimiserSettings, ParameterGroup, split_by_decay
 
+_LORA_KEYS = {"visual": "vision", "language_model": "text"}  # which adapt a tower
 _STARTS = ("step", "epoch", "margin_flat", "at_chance")
 
 
@@ -47,14 +49,16 @@ class ThawStage(Settings):
             adapters are merged and leave.
         step: opens before this step, counted from 0.
         epoch: opens before the first step that begins so far into the data; 0.5 is half an epoch.
-        margin_flat: opens when the margin has not grown for so many windows, see `thaw_signals`.
+        margin_flat: opens when the margin has had no upward trend over so many windows and the one
+            before them, see `thaw_signals`.
         at_chance: opens when the loss was within 2 % of its chance level for so many steps in a
             row.
         lr: the highest learning rate of the topmost layer that opens; the run's one schedule, which
             falls to the run's end, is multiplied in.
         warmup: steps of linear rise, from the opening on.
         depth_decay: a layer's rate is `lr * depth_decay ** d` if it is d layers below the topmost
-            that opens.
+            that this stage opens. A later stage that opens lower layers begins anew at its own
+            `lr`, so give it one below the rate of the lowest layer before it.
     """
 
     open: Annotated[Selectors, Field(min_length=1)]
@@ -74,6 +78,11 @@ class ThawStage(Settings):
             raise ValueError(f"a stage opens at one of {', '.join(_STARTS)}, and has {told}")
         return self
 
+    @property
+    def start(self) -> str:
+        """Which key says when it opens."""
+        return next(name for name in _STARTS if getattr(self, name) is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Opening:
@@ -91,7 +100,7 @@ class Opening:
 
 
 def apply_policy(
-    retriever: Any, frozen: Sequence[str], lora: LoraSettings | None, seed: int
+    model: ProjectedBackbone, frozen: Sequence[str], lora: LoraSettings | None, seed: int
 ) -> None:
     """Add adapters and freeze parts of a model, in place, as a run does before its first step.
 
@@ -100,29 +109,31 @@ def apply_policy(
     Args:
         seed: of the adapters.
 
+    A model that came with an adapter is frozen but for what that adapter trains.
+
     Raises:
         ColfolioError: adapters cannot be added.
-        RecipeError: a selector, or a name of an adapted layer, takes what the model does not have.
+        RecipeError: a selector, or a name of an adapted layer, takes what the model does not have;
+            a selector freezes nothing that would train; or the model came with an adapter, and
+            another one is to be added.
     """
     if lora is not None:
-        cast_parameters(retriever, torch.float32)  # what adapters keep of the base is cast with it
+        _adapt(model, lora, seed)
+    found, trained = inventory(model), frozenset(trained_names(model))
+    for selector in frozen:
         try:
-            add_lora(retriever, lora, seed)
+            names = found.select([selector])
         except RecipeError as error:
-            raise RecipeError(
-                str(error).removeprefix(f"{error.key}: "), f"lora.{error.key}"
-            ) from None
-    found = inventory(retriever)
-    try:
-        names = found.select(frozen)
-    except RecipeError as error:
-        raise RecipeError(error, "frozen") from None
-    for name, parameter in retriever.named_parameters():
-        if name in names:
-            parameter.requires_grad_(False)
+            raise RecipeError(error, "frozen") from None
+        if not names & trained:
+            raise RecipeError(_frozen_anyway(found, selector, names, lora), "frozen")
+        for name in names:
+            model.get_parameter(name).requires_grad_(False)
 
 
-def openings(retriever: Any, stages: Sequence[ThawStage], first: int = 0) -> list[Opening]:
+def openings(
+    model: ProjectedBackbone, stages: Sequence[ThawStage], first: int = 0
+) -> list[Opening]:
     """What stages will do to a model, one after the other; nothing is changed.
 
     Args:
@@ -131,8 +142,8 @@ def openings(retriever: Any, stages: Sequence[ThawStage], first: int = 0) -> lis
     Raises:
         RecipeError: a stage opens what the model does not have, or what trains by then.
     """
-    found = inventory(retriever)
-    trained = frozenset(trained_names(retriever))
+    found = inventory(model)
+    trained = frozenset(trained_names(model))
     there = frozenset(found.places)
     done: list[Opening] = []
     for number, stage in enumerate(stages, start=first):
@@ -146,30 +157,34 @@ def openings(retriever: Any, stages: Sequence[ThawStage], first: int = 0) -> lis
     return done
 
 
-def trained_names(retriever: Any) -> list[str]:
+def trained_names(model: ProjectedBackbone) -> list[str]:
     """The parameters that train now."""
-    return [name for name, parameter in retriever.named_parameters() if parameter.requires_grad]
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def open_parts(retriever: Any, opening: Opening) -> frozenset[str]:
+def open_parts(model: ProjectedBackbone, opening: Opening) -> frozenset[str]:
     """Merge the adapters that leave, and let parameters train, in place; returns their names."""
-    merge_layers(retriever, {_host(name) for name in opening.leaving})
+    merge_layers(model, {_host(name) for name in opening.leaving})
     names = frozenset(name.replace(".base_layer.", ".") for name in opening.names)
-    for name, parameter in retriever.named_parameters():
+    for name, parameter in model.named_parameters():
         if name in names:
             parameter.requires_grad_(True)
     return names
 
 
 def stage_groups(
-    retriever: Any, names: frozenset[str], stage: ThawStage, step: int, settings: OptimiserSettings
+    model: ProjectedBackbone,
+    names: frozenset[str],
+    stage: ThawStage,
+    step: int,
+    settings: OptimiserSettings,
 ) -> list[ParameterGroup]:
     """What a stage opened, by depth if that decides the rate.
 
     Args:
         step: with which it opens.
     """
-    found = inventory(retriever)
+    found = inventory(model)
     depths = {name: found.places[name].depth for name in names}
     top = max(depths.values())
     by_factor: dict[float, set[str]] = {}
@@ -180,7 +195,7 @@ def stage_groups(
         group
         for factor in sorted(by_factor)
         for group in split_by_decay(
-            retriever,
+            model,
             by_factor[factor],
             settings,
             part=found.label(by_factor[factor]),
@@ -188,6 +203,38 @@ def stage_groups(
             **values,
         )
     ]
+
+
+def _adapt(model: ProjectedBackbone, lora: LoraSettings, seed: int) -> None:
+    if has_adapter(model):
+        raise RecipeError(
+            "the model has an adapter already, which trains without this key; leave the key out, "
+            "or name a whole model, which `colfolio export --merge` makes of an adapter",
+            "lora",
+        )
+    cast_parameters(model, torch.float32)  # what adapters keep of the base is cast with it
+    try:
+        add_lora(model, lora, seed)
+    except RecipeError as error:
+        raise RecipeError(str(error).removeprefix(f"{error.key}: "), f"lora.{error.key}") from None
+
+
+def _frozen_anyway(
+    found: Inventory, selector: str, names: frozenset[str], lora: LoraSettings | None
+) -> str:
+    """Why a selector freezes nothing, and which key leaves out the adapters that lie there."""
+    told = (
+        f"{selector!r} freezes nothing: beside adapters only they train, and at most the "
+        f"projection, so {found.label(names)} is frozen without it; leave it out"
+    )
+    if lora is None:
+        return told
+    hosts = {_host(name) for name in names if ".base_layer." in name}
+    keys = sorted({_LORA_KEYS.get(host.partition(".")[0], "projection") for host in hosts})
+    if keys:
+        named = " and ".join(f"`lora.{key}`" for key in keys)
+        told += f". The adapters in it train; {named} says which there are"
+    return told
 
 
 def _opening(

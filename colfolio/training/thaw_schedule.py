@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from colfolio.errors import RecipeError
+from colfolio.models.adapters import has_adapter
 from colfolio.models.parts import inventory
+from colfolio.models.projected import ProjectedBackbone
+from colfolio.training.state import TrainSettings
 from colfolio.training.thaw import Opening, ThawStage, openings, trained_names
 from colfolio.training.thaw_signals import Watch
 
@@ -25,37 +27,46 @@ def check_schedule(
     Raises:
         RecipeError: names the stage.
     """
-    least, epoch = 0, 0.0  # the earliest that the stage before can open
+    before, epoch = 0, 0.0  # the earliest that the stage before can open
     for number, stage in enumerate(stages):
-        key, said = f"thaw.{number}", 0
-        if stage.step is not None:
-            key, said = f"{key}.step", stage.step
-        elif stage.epoch is not None:
-            key = f"{key}.epoch"
-            said = _step_of_epoch(stage.epoch, steps_an_epoch, least)
-            if stage.epoch < epoch:
-                raise RecipeError(
-                    f"{stage.epoch:g} is past when the stage opens, for the one before it opens at "
-                    f"epoch {epoch:g}; write stages in the order in which they open",
-                    key,
-                )
+        key = f"thaw.{number}.{stage.start}"
+        least = earliest_step(stage, before, window, steps_an_epoch)
+        if stage.epoch is not None:
+            _refuse_past("epoch", stage.epoch, epoch, key)
             epoch = stage.epoch
-        else:
-            wait, name = _least_wait(stage, window)
-            key, said = f"{key}.{name}", least + wait
-        if said < least:
+        _refuse_past("step", least, before, key)
+        if least >= steps:
             raise RecipeError(
-                f"step {said} is past when the stage opens, for the one before it opens at step "
-                f"{least} at the earliest; write stages in the order in which they open",
-                key,
-            )
-        if said >= steps:
-            raise RecipeError(
-                f"it opens at step {said} at the earliest, and the run ends with {steps} steps, "
+                f"it opens at step {least} at the earliest, and the run ends with {steps} steps, "
                 "counted from 0; let it open sooner, or leave the stage out",
                 key,
             )
-        least = said
+        before = least
+
+
+def earliest_step(
+    stage: ThawStage, before: int, window: int, steps_an_epoch: float | None = None
+) -> int:
+    """The first step with which a stage can open.
+
+    Args:
+        before: that of the stage before, from which signals count.
+        window: steps of a window of `margin_flat`.
+        steps_an_epoch: None if that is not known yet.
+    """
+    if stage.step is not None:
+        return stage.step
+    if stage.epoch is not None:
+        return before if steps_an_epoch is None else math.ceil(stage.epoch * steps_an_epoch)
+    if stage.margin_flat is not None:
+        return before + window * (stage.margin_flat + 1)
+    assert stage.at_chance is not None
+    return before + stage.at_chance
+
+
+def most_windows(stages: Sequence[ThawStage]) -> int:
+    """Over how many windows the margin has to be flat for a stage, at most; 0 if for none."""
+    return max((stage.margin_flat or 0 for stage in stages), default=0)
 
 
 def is_due(stage: ThawStage, step: int, epoch: float, watch: Watch) -> bool:
@@ -70,39 +81,38 @@ def is_due(stage: ThawStage, step: int, epoch: float, watch: Watch) -> bool:
     if stage.epoch is not None:
         return epoch >= stage.epoch
     if stage.margin_flat is not None:
-        return watch.flat >= stage.margin_flat
+        return watch.is_flat(stage.margin_flat)
     assert stage.at_chance is not None
     return watch.at_chance >= stage.at_chance
 
 
-def trains_line(retriever: Any, stages: Sequence[ThawStage], window: int) -> str:
+def trains_line(model: ProjectedBackbone, settings: TrainSettings, opened: int = 0) -> str:
     """What trains now and what later stages add, in one sentence.
 
     Args:
-        stages: that have not opened yet.
-        window: steps of a window of `margin_flat`.
+        opened: how many stages have opened.
     """
-    found = inventory(retriever)
-    sizes = {name: parameter.numel() for name, parameter in retriever.named_parameters()}
-    now = trained_names(retriever)
+    found, stages = inventory(model), settings.thaw[opened:]
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    now = trained_names(model)
     trained, total = sum(sizes[name] for name in now), sum(sizes.values())
     head = (
         f"{found.label(now)} ({_count(trained)} of {_count(total)}, {100 * trained / total:.3g} %)"
     )
-    both = zip(stages, openings(retriever, stages), strict=True)
-    return "; ".join([head, *(_later(stage, opening, window) for stage, opening in both)])
+    if settings.lora is None and has_adapter(model):
+        head += ", for the model came with an adapter, and the weights of its base are frozen"
+    both = zip(stages, openings(model, stages), strict=True)
+    later = (_later(stage, opening, settings.thaw_window) for stage, opening in both)
+    return "; ".join([head, *later])
 
 
-def _step_of_epoch(epoch: float, steps_an_epoch: float | None, least: int) -> int:
-    return least if steps_an_epoch is None else math.ceil(epoch * steps_an_epoch)
-
-
-def _least_wait(stage: ThawStage, window: int) -> tuple[int, str]:
-    """Steps before a signal can come, and its name; the first window is what others grow from."""
-    if stage.margin_flat is not None:
-        return window * (stage.margin_flat + 1), "margin_flat"
-    assert stage.at_chance is not None
-    return stage.at_chance, "at_chance"
+def _refuse_past(unit: str, said: int | float, before: int | float, key: str) -> None:
+    if said < before:
+        raise RecipeError(
+            f"{unit} {said} is past when the stage opens, for the one before it opens at {unit} "
+            f"{before} at the earliest; write stages in the order in which they open",
+            key,
+        )
 
 
 def _later(stage: ThawStage, opening: Opening, window: int) -> str:

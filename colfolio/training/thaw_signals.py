@@ -1,13 +1,14 @@
 """What a run's own reports say of when to open more of the model: a flat margin, a loss at chance.
 
-The margin is looked at in windows of w steps behind one another, of which each has a mean m and, of
-the spread s of its steps, a standard error e = s / sqrt(w). A window has grown beyond its noise if
+The margin is looked at in windows of w steps behind one another. Through the means of a window and
+of the N behind it goes the line of least squares; while that rises, the margin grows. If steps
+scatter by s around a growth of r a step, the slope of the line has the standard error
 
-    m > m' + 2 sqrt(e^2 + e'^2),
+    s sqrt(12 / (w^3 N (N + 1) (N + 2))),
 
-m' and e' being those of the last window that had grown, the first one at the beginning. So slow
-growth adds up, and a single lucky window raises the mark. A drift inside of a window widens its
-spread, but less than it moves the mean.
+so that growth which is k times as large is taken for flat with the chance that a normal number lies
+below -k, at each window anew: 1 in 740 for k = 3. No threshold stands above zero: it would open a
+stage hardly sooner on a flat margin, and far more often on one that grows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from dataclasses import dataclass, field
 
 from colfolio.training.step_report import StepReport
 
-_DEVIATIONS = 2.0
 _NEAR_CHANCE = 0.02  # of the chance level
 
 
@@ -27,36 +27,37 @@ class Watch:
 
     Args:
         margins: of the steps of the window that is not full yet.
-        mean, error: of the last window that had grown; None before the first is full.
-        flat: windows since then.
+        means: of the margin in the last full windows.
         at_chance: steps in a row, up to the last one, whose loss was within 2 % of chance.
     """
 
     margins: list[float] = field(default_factory=list)
-    mean: float | None = None
-    error: float = 0.0
-    flat: int = 0
+    means: list[float] = field(default_factory=list)
     at_chance: int = 0
 
-    def see(self, report: StepReport, window: int) -> None:
+    def see(self, report: StepReport, window: int, count: int) -> None:
         """Take in a step.
 
         Args:
-            window: steps of a window, at least 2.
+            window: steps of a window.
+            count: windows behind a first one that will be asked for at most; with 0, none are kept.
         """
         is_near = abs(report.loss - report.chance) <= _NEAR_CHANCE * report.chance
         self.at_chance = self.at_chance + 1 if is_near else 0
+        if not count:
+            return
         self.margins.append(report.margin)
         if len(self.margins) == window:
-            self._close_window()
+            self.means = [*self.means[-count:], math.fsum(self.margins) / window]
+            self.margins = []
 
-    def _close_window(self) -> None:
-        size = len(self.margins)
-        mean = math.fsum(self.margins) / size
-        spread = math.fsum((margin - mean) ** 2 for margin in self.margins) / (size - 1)
-        error = math.sqrt(spread / size)
-        self.margins = []
-        if self.mean is None or mean > self.mean + _DEVIATIONS * math.hypot(error, self.error):
-            self.mean, self.error, self.flat = mean, error, 0
-        else:
-            self.flat += 1
+    def is_flat(self, count: int) -> bool:
+        """Whether so many windows and the one before them are there and do not rise.
+
+        >>> Watch(means=[1.0, 3.0, 2.0, 1.5]).is_flat(2), Watch(means=[1.0, 3.0, 2.0]).is_flat(2)
+        (True, False)
+        """
+        means = self.means[-count - 1 :]
+        # twice the distance from the middle, which is a whole number
+        rise = math.fsum((2 * number - count) * mean for number, mean in enumerate(means))
+        return len(means) == count + 1 and rise <= 0

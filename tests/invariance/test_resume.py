@@ -1,68 +1,13 @@
 """A run that is killed again and again, or interrupted, ends on the bits of the unbroken one."""
 
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
 
 import pytest
-import yaml
+from running import finish, log_of, start, steps_logged, wait_for_step
 
 STEPS, EVERY, VALIDATE = 120, 6, 40
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-@dataclass
-class Runs:
-    """Runs of one recipe, each in a process of its own."""
-
-    recipe: dict
-
-    def start(self, run):
-        """The process that trains into `run`, or goes on with it."""
-        if (run / "recipe.yaml").exists():
-            arguments = ["--resume", str(run)]
-        else:
-            path = run.with_suffix(".yaml")
-            path.write_text(yaml.safe_dump(self.recipe | {"out": str(run)}))
-            arguments = [str(path)]
-        return subprocess.Popen(
-            [sys.executable, "-m", "colfolio.cli", "train", *arguments],
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def finish(self, run):
-        process = self.start(run)
-        printed, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, printed
-
-
-def wait_for_step(process, run, step):
-    """Wait until a run logs a step after the ones it has; False if it ends before."""
-    while process.poll() is None:
-        if steps_logged(run) >= step:
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def steps_logged(run):
-    log = run / "log.jsonl"
-    return log.read_bytes().count(b'"step", "step"') if log.exists() else 0
-
-
-def log_of(run):
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [
-        {key: row[key] for key in row if key not in ("seconds", "rows_per_second")} for row in rows
-    ]
 
 
 def assert_same(run, unbroken):
@@ -76,11 +21,11 @@ def assert_same(run, unbroken):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, write_shapes, shared_retriever):
+def recipe(tmp_path_factory, write_shapes, shared_retriever):
     folder = tmp_path_factory.mktemp("resume")
     write_shapes(folder / "set", {"train": 40, "validation": 12})
     shared_retriever.save_pretrained(folder / "base")
-    recipe = {
+    return {
         "model": str(folder / "base"),
         "dataset": str(folder / "set"),
         "train": {
@@ -92,25 +37,23 @@ def runs(tmp_path_factory, write_shapes, shared_retriever):
         "validation": {"every": VALIDATE},
         "checkpoint": {"every": EVERY, "keep": 1},
     }
-    return Runs(recipe)
 
 
 @pytest.fixture(scope="module")
-def unbroken(runs, tmp_path_factory):
+def unbroken(recipe, tmp_path_factory):
     """An unbroken run, with the seconds to its first step and to its end."""
     run = tmp_path_factory.mktemp("unbroken") / "run"
     begin = time.monotonic()
-    process = runs.start(run)
+    process = start(recipe, run)
     assert wait_for_step(process, run, 1)
     first = time.monotonic() - begin
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
+    finish(process)
     return run, first, time.monotonic() - begin
 
 
 @pytest.mark.slow
 def test_killed_at_five_random_moments_it_ends_on_the_bits_of_the_unbroken_run(
-    runs, unbroken, tmp_path
+    recipe, unbroken, tmp_path
 ):
     plain, first, length = unbroken
     chance = random.Random(0)
@@ -119,7 +62,7 @@ def test_killed_at_five_random_moments_it_ends_on_the_bits_of_the_unbroken_run(
     # one moment anywhere in the start, four anywhere in a quarter of the training: in a step, an
     # evaluation, or the writing of a checkpoint, which is every sixth step
     for number in range(5):
-        process = runs.start(run)
+        process = start(recipe, run)
         if number == 0:
             time.sleep(chance.uniform(0.3, first))
         else:
@@ -130,15 +73,15 @@ def test_killed_at_five_random_moments_it_ends_on_the_bits_of_the_unbroken_run(
         assert process.returncode in (-signal.SIGKILL, 0)
         killed += process.returncode != 0
     assert killed >= 3
-    runs.finish(run)
+    finish(start(recipe, run))
     assert_same(run, plain)
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_exits_with_130_and_the_run_goes_on(runs, unbroken, tmp_path):
+def test_ctrl_c_saves_exits_with_130_and_the_run_goes_on(recipe, unbroken, tmp_path):
     plain, _, _ = unbroken
     run = tmp_path / "run"
-    process = runs.start(run)
+    process = start(recipe, run)
     assert wait_for_step(process, run, 10)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=120)
@@ -146,5 +89,5 @@ def test_ctrl_c_saves_exits_with_130_and_the_run_goes_on(runs, unbroken, tmp_pat
     assert "Traceback" not in printed
     assert f"colfolio train --resume {run}" in printed.replace("\n", "")
     assert (run / "checkpoints" / f"step-{steps_logged(run):06d}").is_dir()
-    runs.finish(run)
+    finish(start(recipe, run))
     assert_same(run, plain)

@@ -27,7 +27,6 @@ BASE = {
     "optimiser": {"lr": 1e-2, "warmup_steps": 2},
     "precision": "fp32",
     "threads": 1,
-    "thaw_window": 2,
 }
 LORA = {"rank": 3, "alpha": 6.0, "dropout": 0.1, "projection": "full"}
 BELOW = ["vision", "merger", "embedding", "layers", "norm"]
@@ -74,6 +73,7 @@ POLICIES = {
             "optimiser": {"lr": 1e-5, "warmup_steps": 0},
             "frozen": BELOW,
             "thaw": [{"open": ["embedding"], "margin_flat": 1, "lr": 1e-3}],
+            "thaw_window": 2,
         },
         {0: ["projection"], 4: ["projection", "embedding"]},
     ),

@@ -10,7 +10,9 @@ from colfolio.errors import ColfolioError
 
 # Scripts of users depend on these: add with thought, change nothing.
 COMMANDS = {
+    "check": {"recipe", "overrides", "--model", "--device"},
     "demo": {"--out", "--seed", "--steps"},
+    "diagnose": {"source", "--loss", "--batch", "--temperature", "--json"},
     "evaluate": {
         "model",
         "dataset",
@@ -38,14 +40,14 @@ COMMANDS = {
     },
     "init": {
         *("base", "--out", "--dim", "--seed", "--dataset", "--revision"),
-        *("--vision", "--vision-revision", "--scheme"),
+        *("--vision", "--vision-revision", "--scheme", "--generator"),
     },
     "parts": {"model", "recipe", "overrides"},
     "plan": {"recipe", "overrides", "--gpu", "--ranks"},
     "positions": {"model", "--image", "--video", "--revision", "--scheme"},
     "prepare": {"documents", "overrides", "--out", "--view", "--split"},
     "search": {"index", "query", "--top-k", "--images", "--model", "--page-score"},
-    "train": {"recipe", "overrides", "--resume", "--device", "--ranks"},
+    "train": {"recipe", "overrides", "--resume", "--device", "--ranks", "--unchecked"},
 }
 
 
@@ -121,6 +123,7 @@ def test_help_answers_without_importing_torch():
         ["search", "index"],
         ["search", "index", "query", "--top-k", "many"],
         ["demo", "--seed", "x"],
+        ["diagnose", "log.csv", "--loss", "pairwise"],
     ],
 )
 def test_wrong_usage_exits_with_2(run, arguments):

@@ -10,7 +10,16 @@ from colfolio.config import validated
 from colfolio.training import TrainSettings
 
 DOCS = Path(__file__).parents[2] / "docs"
-_RUN = ("adapters.md", "encode.md", "formats.md", "losses.md", "mrope.md", "parts.md")
+_RUN = (
+    "adapters.md",
+    "diagnosis.md",
+    "check.md",
+    "encode.md",
+    "formats.md",
+    "losses.md",
+    "mrope.md",
+    "parts.md",
+)
 PAGES = [DOCS / name for name in _RUN]
 _YAML = re.compile(r"^```yaml\n(.*?)^```", re.M | re.S)
 SETTINGS = [

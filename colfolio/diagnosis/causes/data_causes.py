@@ -7,12 +7,16 @@ from colfolio.diagnosis.causes.reading import Reading
 from colfolio.diagnosis.causes.thresholds import (
     AT_CHANCE,
     BLANK,
+    BY_HEART,
+    CONTRADICTED,
     COPIES,
+    GAP,
     LEAKED,
     MANY_COPIES,
     OFTEN_TOGETHER,
     OVER_FITTED,
     SHIFTED,
+    STANDING,
     TIMES_EXPECTED,
     TRUNCATED,
 )
@@ -142,16 +146,21 @@ def shifted_labels(reading: Reading) -> Finding | RuledOut | None:
 def wrong_labels(reading: Reading) -> Finding | RuledOut | None:
     """Labels that a model which already ranks well contradicts."""
     model, probe = reading.evidence.model, reading.first_probe
-    if model is None or probe is None or not model.is_trained:
+    is_comparable = reading.settled.loss == "info_nce"  # others begin above chance by themselves
+    if model is None or probe is None or not is_comparable or not model.is_trained or model.fresh:
         return None
+    if reading.steps and not reading.is_poor:
+        return RuledOut("wrong_labels", "the model learns the labels")
     by_chance = 1 / max(1, probe.documents)
-    if probe.confident > SHIFTED and probe.accuracy < 2 * by_chance:
+    if probe.loss > CONTRADICTED * probe.chance and probe.accuracy <= TIMES_EXPECTED * by_chance:
         return Finding(
             "wrong_labels",
             "labels contradict a model that was trained before",
             (
-                f"Before the first step {probe.confident:.0%} of the queries put an unlabelled "
-                f"document first by a clear lead, and {probe.accuracy:.0%} the labelled one.",
+                f"Before the first step {probe.accuracy:.0%} of the queries put the labelled "
+                f"document first, {probe.confident:.0%} another by a clear lead, and the loss of "
+                f"the probe is {probe.loss:.2f} where scores without information give "
+                f"{probe.chance:.2f}.",
             ),
             "likely",
             "Read a few of these queries beside both documents: colfolio evaluate lists them",
@@ -162,7 +171,7 @@ def wrong_labels(reading: Reading) -> Finding | RuledOut | None:
 
 
 def over_fitting(reading: Reading) -> Finding | RuledOut | None:
-    """Validation that gets worse while training gets better."""
+    """Validation that gets worse, or stays where it is, while training gets better."""
     rows = reading.validation_losses
     if len(rows) < 3 or reading.recent is None:
         return None
@@ -171,14 +180,16 @@ def over_fitting(reading: Reading) -> Finding | RuledOut | None:
     last_step, last, _ = rows[-1]
     rise = (last - best) / chance
     has_learnt = reading.recent.way > AT_CHANCE and best < chance
-    if rise > OVER_FITTED and has_learnt and from_best < len(rows) - 1:
+    is_rising = rise > OVER_FITTED and from_best < len(rows) - 1
+    if has_learnt and (is_rising or _has_left_behind(reading)):
         return Finding(
             "over_fitting",
             "the model learns the training split by heart",
             (
                 f"Validation loss was {best:.3f} at step {best_step} and is {last:.3f} at step "
-                f"{last_step}, on the same negatives, while the training loss went down to "
-                f"{reading.recent.loss:.3f}.",
+                f"{last_step}, on the same negatives and with chance at {chance:.3f}, while the "
+                f"training loss went down to {reading.recent.loss:.3f}, "
+                f"{reading.recent.way:.0%} of its way.",
             ),
             "likely",
             f"Take the checkpoint near step {best_step}; more data, fewer steps or fewer open "
@@ -186,3 +197,13 @@ def over_fitting(reading: Reading) -> Finding | RuledOut | None:
             {"train.steps": str(best_step)},
         )
     return RuledOut("over_fitting", f"validation loss is {rise:.0%} of chance above its best")
+
+
+def _has_left_behind(reading: Reading) -> bool:
+    """Whether training is done and validation stands half-way, no better than half the run ago."""
+    assert reading.recent is not None
+    rows = reading.validation_losses
+    _, middle, chance = rows[(len(rows) - 1) // 2]
+    _, last, _ = rows[-1]
+    gap = reading.recent.way - (chance - last) / chance
+    return reading.recent.way > BY_HEART and gap > GAP and middle - last < STANDING * chance

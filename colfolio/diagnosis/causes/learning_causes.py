@@ -13,6 +13,8 @@ from colfolio.diagnosis.causes.thresholds import (
     RANKED,
     SHORT_WARMUP,
     SKIPPED,
+    SMALL_UPDATE,
+    TORN_UPDATE,
 )
 
 
@@ -52,20 +54,22 @@ def overflow(reading: Reading) -> Finding | RuledOut | None:
 def rate_too_high(reading: Reading) -> Finding | RuledOut | None:
     """Steps that tear the weights apart."""
     level = reading.recent
-    if level is None or not reading.updates:
+    if level is None or not reading.largest_updates:
         return None
-    part, update = max(reading.updates.items(), key=lambda item: item[1])
+    part, update = max(reading.largest_updates.items(), key=lambda item: item[1])
     rate = reading.highest_rate
-    if update < MOST_UPDATE or level.way > LEARNT:
-        return RuledOut("rate_too_high", f"a step changes {part} by {update:.1e} of its weights")
+    if update < MOST_UPDATE or level.way > LEARNT or reading.ranks_most:
+        return RuledOut(
+            "rate_too_high", f"a step changes {part} by {update:.1e} of its weights at most"
+        )
     return Finding(
         "rate_too_high",
         "the learning rate is too high",
         (
-            f"A step changes {part} by {update:.0%} of its weights (median; 0.1 % is usual), and "
+            f"The largest steps change {part} by {update:.0%} of its weights (0.1 % is usual), and "
             f"the loss is {level.loss:.3f} with chance at {level.chance:.3f}.",
         ),
-        "certain" if update > 4 * MOST_UPDATE else "likely",
+        "certain" if update > TORN_UPDATE else "likely",
         "Begin again from the base at a tenth of the rate",
         {} if rate is None else {"train.optimiser.lr": f"{rate / 10:.2g}"},
     )
@@ -79,7 +83,8 @@ def rate_too_low(reading: Reading) -> Finding | RuledOut | None:
     part, update = max(reading.updates.items(), key=lambda item: item[1])
     last, rate, settled = reading.last_probe, reading.highest_rate, reading.settled
     moved = None if last is None else max(last.query_distance, last.document_distance)
-    is_still = update < LEAST_UPDATE or (moved is not None and moved < LEAST_DISTANCE)
+    has_stayed = moved is not None and moved < LEAST_DISTANCE
+    is_still = update < LEAST_UPDATE or (has_stayed and update < SMALL_UPDATE)
     if not reading.is_poor or not is_still:
         return RuledOut("rate_too_low", f"a step changes {part} by {update:.1e} of its weights")
     evidence = [f"A step changes the weights of {part}, the most of all, by {update:.1e} of them."]
@@ -130,6 +135,8 @@ def few_candidates(reading: Reading) -> Finding | RuledOut | None:
     if ranks_well:
         return RuledOut("few_candidates", "few, but the model ranks many documents well")
     evidence = [f"A query is compared with {candidates:.3g} documents."]
+    if candidates <= 1:
+        evidence = ["A query has its own document alone, so the loss is 0 whatever the model does."]
     if last is not None and accuracy is not None:
         evidence.append(
             f"Among them it ranks its answer first in {accuracy:.0%} of the cases, among "
@@ -164,9 +171,9 @@ def _by_which_setting(reading: Reading) -> str:
 def not_started(reading: Reading) -> Finding | RuledOut | None:
     """A loss at chance whose scores are still alive."""
     level = reading.recent
-    if level is None:
+    if level is None or level.chance <= 0:
         return None
-    if not reading.is_at_chance:
+    if not reading.is_at_chance or reading.ranks_most:
         return RuledOut("not_started", f"the loss has gone {level.way:.0%} of the way")
     if reading.has_collapsed:
         return RuledOut("not_started", "scores are gone")
@@ -176,7 +183,7 @@ def not_started(reading: Reading) -> Finding | RuledOut | None:
         "not_started",
         "learning has not begun yet",
         (
-            f"After {len(reading.steps)} steps the loss is {level.loss:.3f}, chance is "
+            f"After {reading.steps[-1].step} steps the loss is {level.loss:.3f}, chance is "
             f"{level.chance:.3f}.{spread}",
         ),
         "likely",

@@ -9,7 +9,13 @@ _NO_EFFECT = 1e-6
 _POSITIONS = {
     "flattened": "image tokens get the positions of text, one after the other, not of a grid",
     "stale": "positions of another batch are used again",
-    "shifted": "positions are shifted against their tokens",
+    "padding": "positions are made for another padding than the rows have",
+    "constant_time": "time stands still in the positions of a clip",
+    "transposed": "height and width are exchanged in the positions",
+    "swapped_time": "time and another side are exchanged in the positions",
+    "other_scheme": "positions follow another scheme than the model was trained with",
+    "misfit": "token ids and grids do not fit each other, so that no positions are right",
+    "unexplained": "positions are wrong in a way of which no cause is known",
 }
 _NAMED = 3
 
@@ -119,7 +125,8 @@ def dead_part(reading: Reading) -> Finding | RuledOut | None:
     """A part that is open and gets no gradient."""
     if not reading.gradients:
         return None
-    dead = [part for part, norm in reading.gradients.items() if norm == 0]
+    # of a model that has collapsed gradients become 0 too, but were not in its first steps
+    dead = [part for part, norm in reading.largest_gradients.items() if norm == 0]
     if not dead or len(dead) == len(reading.gradients):
         return RuledOut("dead_part", "every open part gets a gradient")
     others = ", ".join(
@@ -128,7 +135,7 @@ def dead_part(reading: Reading) -> Finding | RuledOut | None:
     return Finding(
         "dead_part",
         f"no gradient reaches {' and '.join(dead)}, though open to train",
-        (f"The median gradient norm is 0 there, and elsewhere {others}.",),
+        (f"The gradient norm is 0 there in every step, and elsewhere {others} (median).",),
         "certain",
         "Look for a detach, a no_grad or an output that is not used on the way from there to the "
         "vectors; colfolio check names the parts that a step changes",

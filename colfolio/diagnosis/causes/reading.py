@@ -7,12 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from colfolio.diagnosis.causes.thresholds import AT_CHANCE, GONE_SPREAD, STARTED
+from colfolio.diagnosis.causes.thresholds import (
+    AT_CHANCE,
+    GONE_SPREAD,
+    MOSTLY_RANKED,
+    STARTED,
+)
 from colfolio.diagnosis.evidence import Evidence, ProbeSignals
 from colfolio.diagnosis.training_log import LoggedStep
 
 _MOST_RECENT = 50
+_FEWEST = 10  # rows of a log that may have one for every ten steps
 _DEVIATIONS = 2.0
+_LARGEST = 5  # steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +89,18 @@ class Reading:
 
     @cached_property
     def is_poor(self) -> bool:
-        """Whether the model has hardly learnt, judged by the last losses."""
-        return self.is_at_chance or (self.recent is not None and self.recent.way < STARTED)
+        """Whether the model has hardly learnt, judged by the last losses and by what it ranks."""
+        is_high = self.is_at_chance or (self.recent is not None and self.recent.way < STARTED)
+        return is_high and not self.ranks_most
+
+    @cached_property
+    def ranks_most(self) -> bool:
+        """Whether most queries rank their answer first: of the probe's documents, or the batch's.
+
+        A loss that its temperature holds up says less than that.
+        """
+        share = self.accuracy if self.last_probe is None else self.last_probe.accuracy
+        return share is not None and share >= MOSTLY_RANKED
 
     @cached_property
     def is_falling(self) -> bool:
@@ -123,9 +140,9 @@ class Reading:
         if self.spread_left is not None:
             return self.spread_left < GONE_SPREAD
         level = self.recent
-        if level is None or len(self.steps) < 2 * _MOST_RECENT:
+        if level is None or len(self.steps) < _FEWEST or self.steps[-1].step < 2 * _MOST_RECENT:
             return None
-        losses = [step.loss for step in self.steps[-_MOST_RECENT:]]
+        losses = [step.loss for step in self.steps[-min(_MOST_RECENT, len(self.steps) // 2) :]]
         largest = max(abs(loss - level.chance) for loss in losses)
         return largest < 0.005 * level.chance
 
@@ -135,14 +152,19 @@ class Reading:
         rates = [step.lr for step in self.steps if step.lr is not None]
         return max(rates) if rates else None
 
-    def part_median(self, measured: Callable[[LoggedStep, str], float]) -> dict[str, float]:
-        """The median over the steps of a number of each part that trained."""
+    def by_part(self, measured: Callable[[LoggedStep, str], float]) -> dict[str, list[float]]:
+        """A number of each part that trained, of the steps in which it is finite."""
         found: dict[str, list[float]] = {}
         for step in self.steps:
             for part in step.parts:
                 value = measured(step, part)
                 if math.isfinite(value):
                     found.setdefault(part, []).append(value)
+        return found
+
+    def part_median(self, measured: Callable[[LoggedStep, str], float]) -> dict[str, float]:
+        """The median over the steps of a number of each part that trained."""
+        found = self.by_part(measured)
         return {part: sorted(values)[len(values) // 2] for part, values in found.items()}
 
     @cached_property
@@ -154,6 +176,22 @@ class Reading:
     def gradients(self) -> dict[str, float]:
         """Median gradient norm of each part."""
         return self.part_median(lambda step, part: step.parts[part].gradient_norm)
+
+    @cached_property
+    def largest_gradients(self) -> dict[str, float]:
+        """The largest gradient norm of each part."""
+        found = self.by_part(lambda step, part: step.parts[part].gradient_norm)
+        return {part: max(norms) for part, norms in found.items()}
+
+    @cached_property
+    def largest_updates(self) -> dict[str, float]:
+        """Update-to-weight ratio of each part, mean of its largest ones.
+
+        Weights that were torn apart are large, so that later steps change little of them.
+        """
+        found = self.by_part(lambda step, part: step.parts[part].update_ratio)
+        largest = {part: sorted(ratios)[-_LARGEST:] for part, ratios in found.items()}
+        return {part: math.fsum(ratios) / len(ratios) for part, ratios in largest.items()}
 
     @cached_property
     def accuracy(self) -> float | None:

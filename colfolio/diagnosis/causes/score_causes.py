@@ -8,11 +8,15 @@ from colfolio.diagnosis.causes.thresholds import (
     FLAT_START,
     HIGH_FLOOR,
     LEARNT,
-    RANKED,
+    MOSTLY_RANKED,
+    NO_ROOM,
     SAME_SCORES,
     SCORE_ERROR,
     STEEP_START,
+    UNSEEN,
+    UNTOLD_FLOOR,
 )
+from colfolio.diagnosis.evidence import ProbeSignals
 
 
 def collapsed(reading: Reading) -> Finding | RuledOut | None:
@@ -62,34 +66,37 @@ def _mend_of_collapse(reading: Reading) -> tuple[str, dict[str, str]]:
 
 
 def images_unseen(reading: Reading) -> Finding | RuledOut | None:
-    """Documents have the same vectors though their images differ."""
+    """Documents have the same scores though their images differ."""
     probe, data = reading.first_probe, reading.evidence.data
     if probe is None:
         return None
-    if probe.document_cosine < 1 - 1e-6 or (data is not None and data.blank > LEARNT):
+    # where queries are alike too, a common direction of all vectors hides what they say
+    share = probe.spread / max(1 - probe.query_cosine, 1e-9)
+    if share > UNSEEN or _are_queries_alike(probe) or (data is not None and data.blank > LEARNT):
         return RuledOut(
             "images_unseen",
-            f"vectors of documents differ at the start (cosine {probe.document_cosine:.3f})",
+            f"scores tell documents apart at the start: they spread by {probe.spread:.2g}",
         )
     return Finding(
         "images_unseen",
-        "the model does not see the images: all documents have the same vectors",
+        "the model does not see the images: all documents score alike",
         (
-            f"Before the first step the mean cosine between vectors of different documents is "
-            f"{probe.document_cosine:.7f}, and their scores spread by {probe.spread:.1g}.",
+            f"Before the first step the scores of a query spread by {probe.spread:.1g} over its "
+            f"{probe.documents} documents, though vectors of different queries have a mean cosine "
+            f"of {probe.query_cosine:.2f} alone.",
         ),
         "certain",
-        "Look at what enters the vision tower: patches that are all alike, or image tokens that "
-        "its output never replaces",
+        "Look at what enters the vision tower: patches that are all alike, pixels that were scaled "
+        "twice, or image tokens that its output never replaces",
     )
 
 
 def queries_alike(reading: Reading) -> Finding | RuledOut | None:
-    """All queries have the same vectors."""
+    """All queries give a document the same score."""
     probe = reading.first_probe
     if probe is None:
         return None
-    if probe.query_cosine < 1 - 1e-6:
+    if not _are_queries_alike(probe):
         return RuledOut(
             "queries_alike", f"queries differ at the start (cosine {probe.query_cosine:.3f})"
         )
@@ -97,13 +104,19 @@ def queries_alike(reading: Reading) -> Finding | RuledOut | None:
         "queries_alike",
         "all queries are the same to the model",
         (
-            f"Before the first step vectors of different queries have a mean cosine of "
-            f"{probe.query_cosine:.7f}.",
+            "Before the first step all queries give a document the same score, while a query's "
+            f"scores spread by {probe.spread:.2g} over documents.",
         ),
         "certain",
-        "Read the queries as they enter the model: empty texts, a column of another name, or a "
-        "template that leaves the query out",
+        "Read the queries as they enter the model: empty texts, a column of another name, letters "
+        "that the tokenizer passes over, or a template that leaves the query out",
     )
+
+
+def _are_queries_alike(probe: ProbeSignals) -> bool:
+    if probe.query_spread is None:
+        return probe.query_cosine >= 1 - 1e-6
+    return probe.query_spread < UNSEEN * probe.spread
 
 
 def rounded_scores(reading: Reading) -> Finding | RuledOut | None:
@@ -134,8 +147,9 @@ def steep_start(reading: Reading) -> Finding | RuledOut | None:
     if probe is None or reading.settled.loss != "info_nce":
         return None
     temperature = reading.settled.temperature
-    steepness = probe.spread / temperature
-    if steepness < STEEP_START or probe.loss < 1.5 * probe.chance or not reading.is_poor:
+    steepness, level = probe.spread / temperature, reading.recent
+    has_learnt = reading.ranks_most or (level is not None and level.way > LEARNT)
+    if steepness < STEEP_START or probe.loss < 1.5 * probe.chance or has_learnt:
         return RuledOut(
             "temperature_too_low",
             f"scores spread by {steepness:.2g} temperatures before the first step",
@@ -187,14 +201,20 @@ def high_floor(reading: Reading) -> Finding | RuledOut | None:
     if level is None or all(step.floor is None for step in reading.steps):
         return None
     share = level.floor / level.chance
-    is_ranking = accuracy is not None and accuracy >= RANKED
-    if share < HIGH_FLOOR or not (is_ranking or level.way > LEARNT or share > 0.7):
+    is_ranking = reading.ranks_most or (accuracy is not None and accuracy >= MOSTLY_RANKED)
+    is_untold = accuracy is None and share > UNTOLD_FLOOR
+    if share < HIGH_FLOOR or not (
+        is_ranking or level.way > LEARNT or is_untold or share >= NO_ROOM
+    ):
         return RuledOut("temperature_floor", f"the loss can go down to {level.floor:.3f}")
     temperature = reading.settled.temperature
     ranked = "" if accuracy is None else f" {accuracy:.0%} of the queries rank their answer first."
+    has_room = share < NO_ROOM
     return Finding(
-        "temperature_floor",
-        "the loss cannot go much lower at this temperature",
+        "temperature_floor" if has_room else "temperature_too_high",
+        "the loss cannot go much lower at this temperature"
+        if has_room
+        else "the temperature is so high that scores hardly matter",
         (
             f"It is {level.loss:.3f}; scores at the ends of their range would give "
             f"{level.floor:.3f}, scores without information {level.chance:.3f}.{ranked}",

@@ -42,19 +42,23 @@ RULES: tuple[Rule, ...] = (
     score_causes.rounded_scores,
     learning_causes.overflow,
     learning_causes.rate_too_high,
-    score_causes.collapsed,
-    data_causes.leaked,
-    score_causes.high_floor,
-    data_causes.false_negatives,
     data_causes.wrong_labels,
     score_causes.steep_start,
     score_causes.flat_start,
     learning_causes.rate_too_low,
     model_causes.frozen_parts,
+    score_causes.collapsed,
+    data_causes.leaked,
+    score_causes.high_floor,
+    data_causes.false_negatives,
     learning_causes.few_candidates,
     data_causes.over_fitting,
     learning_causes.not_started,
 )
+
+# Measured directly, but what comes of something else where that is likely; or, the last, no reason
+# for a loss that stands still.
+_NO_ROOTS = frozenset({"collapsed", "leaked_split"})
 
 
 def diagnose(evidence: Evidence) -> Diagnosis:
@@ -73,10 +77,14 @@ def diagnose(evidence: Evidence) -> Diagnosis:
             ruled_out.append(said)
         else:
             unasked.append(rule.__name__)
-    findings.sort(key=lambda finding: SURENESS.index(finding.sureness))
+    findings.sort(key=_place)
     if not findings:
         findings.append(_without_findings(reading, len(ruled_out)))
     return Diagnosis(tuple(findings), tuple(ruled_out), tuple(unasked))
+
+
+def _place(finding: Finding) -> int:
+    return SURENESS.index("likely" if finding.cause in _NO_ROOTS else finding.sureness)
 
 
 def _without_findings(reading: Reading, num_ruled_out: int) -> Finding:
@@ -90,7 +98,7 @@ def _without_findings(reading: Reading, num_ruled_out: int) -> Finding:
             "Train for some steps, or run colfolio check",
         )
     way = f"The loss is {level.loss:.3f}: {level.way:.0%} of the way from chance {level.chance:.3f}"
-    way += f" to its floor {level.floor:.3f}."
+    way += f" to its floor {level.floor:.3f}." if level.floor else " to 0."
     if not reading.is_poor or reading.is_falling:
         going = "and still falls" if reading.is_falling else "and stands"
         return Finding(

@@ -108,25 +108,13 @@ class Chunker:
             sum(chunk.tokens for chunk in dropped) / tokens,
         )
 
-    def advice(self, room: int) -> Chunking | None:
-        """The cut that takes least time and fits into so many bytes.
-
-        None: not even a single row fits.
-        """
-        found: list[Chunking] = []
+    def sizes(self) -> list[int]:
+        """Tokens of the chunks that are worth a try, rising."""
         documents, row = self._sides["documents"]
-        for rows in sorted({-(-documents // part) for part in range(1, documents + 1)}):
-            tokens = max(rows * row.tokens, self._longest)
-            whole = self.chunking(tokens, None)
-            budget = room - self._beside(tokens)
-            if whole.largest > budget:
-                break
-            cut = self.chunking(tokens, budget)
-            if cut.peak <= room:
-                found.append(cut)
-        return min(found, key=lambda cut: cut.relative_time, default=None)
+        counts = sorted({-(-documents // part) for part in range(1, documents + 1)})
+        return [max(rows * row.tokens, self._longest) for rows in counts]
 
-    def _beside(self, chunk_tokens: int) -> int:
+    def beside(self, chunk_tokens: int) -> int:
         """The most that a chunk takes beyond what its graph holds."""
         chunks = self._chunks(chunk_tokens)
         return max(max(each.memory.peak, self._after) - each.memory.held for each in chunks)
@@ -148,6 +136,27 @@ class Chunker:
             alike = rows_alike(rows, row)
             self._known[rows, row] = graph_memory(self._retriever, alike, self._numerics)
         return self._known[rows, row]
+
+
+def advised_cuts(chunkers: Sequence[Chunker], rooms: Sequence[int]) -> list[Chunking] | None:
+    """The cut that takes least time and fits, as it comes out in each phase of a run.
+
+    None: not even a single row fits.
+
+    Args:
+        chunkers: of the phases, which differ in what trains alone.
+        rooms: bytes that each phase has for it.
+    """
+    both = list(zip(chunkers, rooms, strict=True))
+    found: list[list[Chunking]] = []
+    for tokens in chunkers[0].sizes():
+        budget = min(room - chunker.beside(tokens) for chunker, room in both)
+        if max(chunker.chunking(tokens, None).largest for chunker in chunkers) > budget:
+            break
+        cuts = [chunker.chunking(tokens, budget) for chunker in chunkers]
+        if all(cut.peak <= room for cut, room in zip(cuts, rooms, strict=True)):
+            found.append(cuts)
+    return min(found, key=lambda cuts: sum(cut.relative_time for cut in cuts), default=None)
 
 
 def rows_alike(count: int, row: RowSize) -> Rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from colfolio.diagnosis.planning.chunking import Chunking, rows_alike
 from colfolio.diagnosis.planning.fixed_memory import embedding_gradient
 from colfolio.diagnosis.planning.graph_memory import GraphMemory, graph_memory
@@ -43,17 +45,29 @@ class TextChunker:
             share_twice=0.0,
         )
 
-    def advice(self, room: int) -> Chunking | None:
-        """The largest chunk of which so many bytes have room.
-
-        None: not even a single row fits.
-        """
-        for rows in sorted({-(-self._rows // part) for part in range(1, self._rows + 1)})[::-1]:
-            tokens = max(rows * self._row.tokens, self._longest)
-            cut = self.chunking(tokens, None)
-            if cut.peak <= room:
-                return self.chunking(tokens, room - (cut.peak - cut.largest))
-        return None
+    def sizes(self) -> list[int]:
+        """Tokens of the chunks that are worth a try, rising."""
+        counts = sorted({-(-self._rows // part) for part in range(1, self._rows + 1)})
+        return [max(rows * self._row.tokens, self._longest) for rows in counts]
 
     def _memory(self, rows: int) -> GraphMemory:
         return graph_memory(self._generator, rows_alike(rows, self._row), self._numerics)
+
+
+def advised_text_cuts(
+    chunkers: Sequence[TextChunker], rooms: Sequence[int]
+) -> list[Chunking] | None:
+    """The largest chunk for which there is room, as it comes out in each phase of a run.
+
+    None: not even a single row fits.
+
+    Args:
+        chunkers: of the phases, which differ in what trains alone.
+        rooms: bytes that each phase has for it.
+    """
+    for tokens in reversed(chunkers[0].sizes()):
+        cuts = [chunker.chunking(tokens, None) for chunker in chunkers]
+        budget = min(room - (cut.peak - cut.largest) for cut, room in zip(cuts, rooms, strict=True))
+        if max(cut.largest for cut in cuts) <= budget:
+            return [chunker.chunking(tokens, budget) for chunker in chunkers]
+    return None

@@ -1,5 +1,7 @@
 import io
+import math
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -143,8 +145,8 @@ def test_time_left_is_shown_in_hours_and_never_begins_anew(screen, steps, left):
 
 
 PARTS = {
-    "vision": PartReport(1e-5, 0.25, 1e-4, 665_600_000),
-    "projection": PartReport(5e-4, 1.5, 2e-3, 196_608),
+    "vision": PartReport(1e-5, 0.25, 1e-4, 665_600_000, 1e-5),
+    "projection": PartReport(5e-4, 1.5, 2e-3, 196_608, 5e-4),
 }
 
 
@@ -170,6 +172,28 @@ def test_a_terminal_with_room_shows_a_line_for_each_part(screen, width, height, 
     assert max(map(len, re.split(r"[\r\n]", re.sub(r"\x1b\[\??\d+[A-Za-z]", "", shown)))) <= width
     for text in ("vision", "merger", "665,600,000", "1.00e-05", "2.50e-01", "2.00e-03"):
         assert (text in shown) == is_shown
+
+
+@pytest.mark.parametrize("others", [3, 0])
+def test_a_skipped_step_is_in_no_mean_of_a_part(screen, others):
+    console = Console(file=screen, force_terminal=True, width=80, height=24, color_system=None)
+    overflow = {"vision": replace(PARTS["vision"], gradient_norm=math.inf, update_ratio=0.0)}
+    with LiveTraining(console, steps=5) as live:
+        for step in range(1, 6):
+            is_skipped = step > others
+            live.step(report(step, skipped=is_skipped, parts=overflow if is_skipped else PARTS))
+    row = re.findall(r"vision +665,600,000.*", screen.getvalue())[-1]
+    assert row.split()[3:] == (["2.50e-01", "1.00e-04"] if others else ["–", "–"])
+
+
+def test_a_part_of_several_rates_shows_the_lowest_and_the_highest(screen):
+    console = Console(file=screen, force_terminal=True, width=80, height=24, color_system=None)
+    with LiveTraining(console, steps=5) as live:
+        parts = {"vision": replace(PARTS["vision"], lr_least=2.5e-6), "norm": PARTS["projection"]}
+        for step in range(1, 6):
+            live.step(report(step, parts=parts))
+    assert "2.5e-06–1.0e-05  " in screen.getvalue()
+    assert " 5.00e-04  " in screen.getvalue()
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -60,6 +60,23 @@ def test_of_an_adapter_its_tensors_alone_train(parts, adapter_folder):
     assert [number(t) for t in rows[-1][6].split()][1] == pytest.approx(size * 4 / 2**20, abs=0.06)
 
 
+def test_what_a_stage_opens_names_it(parts, base_folder, write_recipe):
+    stages = [
+        {"open": ["layers[1]", "norm"], "step": 2, "lr": 1e-3},
+        {"open": ["embedding", "layers[0]"], "step": 4, "lr": 1e-4},
+    ]
+    settings = {"steps": 6, "batch": {"rows": 6}, "thaw": stages}
+    frozen = ["vision", "embedding", "layers", "norm"]
+    out, _ = parts(base_folder, write_recipe(train=settings | {"frozen": frozen}))
+    found = re.findall(r"^(\w+) +([\d:]*) +[\d,]+ +[<\d.]+% fp32 +(\S+)", out, re.M)
+    assert found == [
+        *(("vision", "0:2", "no"), ("merger", "", "yes"), ("embedding", "", "thaw.1")),
+        *(("layers", "0", "thaw.1"), ("layers", "1", "thaw.0"), ("norm", "", "thaw.0")),
+        ("projection", "", "yes"),
+    ]
+    assert max(map(len, out.split("\n")[1:])) <= 80
+
+
 def test_a_state_in_8_bits_is_smaller(parts, make_retriever, write_recipe, tmp_path):
     retriever = make_retriever(text={"vocab_size": 8192})
     retriever.save_pretrained(tmp_path / "large")
@@ -81,7 +98,7 @@ def test_layers_that_are_alike_share_a_row(make_retriever):
     layers = retriever.backbone.language_model.layers
     layers[:2].requires_grad_(False)
     layers[2].mlp.requires_grad_(False)
-    found = [row for row in _rows(retriever, inventory(retriever)) if row.part == "layers"]
+    found = [row for row in _rows(retriever, inventory(retriever), {}) if row.part == "layers"]
     kinds = [("0:2", "no"), ("2", "partly"), ("3", "yes")]
     assert [(row.layers, row.trains) for row in found] == kinds
 

@@ -41,6 +41,39 @@ def test_the_parts_add_up_and_the_recipe_fits(plan):
     assert numbers["steps (1.5 epochs)"] == 6
 
 
+LORA = {"rank": 2, "vision": ["attn.qkv"]}
+STAGES = [
+    {"open": ["layers"], "step": 2, "lr": 1e-3},
+    {"open": ["all"], "epoch": 1.0, "lr": 1e-4},
+]
+
+
+def test_a_plan_shows_the_stage_that_takes_most(plan):
+    whole = plan()[1]
+    assert "what opens when" not in whole
+    code, out = plan(train=TRAIN | {"lora": LORA, "thaw": STAGES})
+    assert code == 0
+    rows = re.findall(r"^(the beginning|thaw\.\d) +(\d+) +[\d.]+ M +[\d.]+ MiB", out, re.M)
+    assert rows == [("the beginning", "0"), ("thaw.0", "2"), ("thaw.1", "4")]
+    assert "\nmemory from thaw.1 on\n" in out
+    found, expected = numbers_of(out), numbers_of(whole)
+    for name in list(expected)[: list(expected).index("steps (1.5 epochs)")]:
+        assert found[name] == expected[name], name
+    for name in ("disk: 2 + 1 checkpoints", "disk: the model in the end"):
+        assert found[name] == expected[name], name
+    operations = [
+        float(re.search(r"operations a step and rank +(\S+)", text)[1]) for text in (out, whole)
+    ]
+    assert operations[0] < operations[1]
+    assert max(map(len, out.split("\n")[1:])) <= 80
+
+
+def test_a_stage_that_waits_for_a_signal_is_said_to_open_later(plan):
+    stage = {"open": ["norm"], "at_chance": 3, "lr": 1e-3}
+    out = plan("--gpu", "h100-80gb", train=TRAIN | {"frozen": ["norm"], "thaw": [stage]})[1]
+    assert re.search(r"^thaw\.0 +3 or later ", out, re.M)
+
+
 def test_no_line_is_wider_than_a_terminal(plan):
     for arguments in (
         [],

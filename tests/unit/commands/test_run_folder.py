@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -72,6 +73,19 @@ def test_a_last_line_without_its_end_is_kept_whole(run):
     run.rewind(1)
     run.append("step", {"step": 2})
     assert [row["step"] for row in rows(run)] == [1, 2]
+
+
+def test_what_is_not_finite_is_null_in_the_log(run):
+    part = {"gradient_norm": math.inf, "lr": 1e-3}
+    values = {"step": 2, "loss": math.nan, "parts": {"vision": part}, "edges": (-math.inf, 1.0)}
+    run.append("step", values)
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    row = json.loads(run.log.read_text(), parse_constant=refuse)
+    assert (row["loss"], row["step"], row["edges"]) == (None, 2, [None, 1.0])
+    assert row["parts"] == {"vision": {"gradient_norm": None, "lr": 1e-3}}
 
 
 def test_a_folder_without_a_run_cannot_be_rewound_or_resumed(tmp_path):

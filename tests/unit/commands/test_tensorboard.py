@@ -10,7 +10,7 @@ from colfolio.training import PartReport, StepReport
 
 def report(step, loss=2.0, **changed):
     levels = (4.852, 0.0, 0.5, 1.0, 128.0, 0.0, 0.25, 1.5)
-    parts = {"vision": PartReport(1e-5, 0.25, 1e-4, 1000)}
+    parts = {"vision": PartReport(1e-5, 0.25, 1e-4, 1000, 2e-6)}
     values = {"skipped": False, "lr": 1e-3, "seconds": 0.5, "rows_per_second": 256.0}
     return StepReport(step, loss, *levels, **values, parts=parts, **changed)
 
@@ -57,19 +57,22 @@ def test_every_number_of_a_step_has_its_tag(tmp_path):
     assert found["train/chance"][1] == pytest.approx(4.852)
     assert found["parts/vision/gradient_norm"] == {1: 0.25, 2: 0.25}
     assert found["parts/vision/update_ratio"][2] == pytest.approx(1e-4)
+    assert found["parts/vision/lr_least"][2] == pytest.approx(2e-6)
     assert found["validation/ndcg_at_5"] == {2: 0.5}
     assert {"validation/loss", "validation/chance", "train/floor", "train/lr"} <= found.keys()
     assert "train/step" not in found
 
 
-def test_a_run_that_goes_on_voids_what_was_written_after_its_checkpoint(tmp_path):
+@pytest.mark.parametrize("checkpoint", [0, 3])
+def test_a_run_that_goes_on_voids_what_was_written_after_its_checkpoint(tmp_path, checkpoint):
     pytest.importorskip("tensorboard")
     with TensorBoardLog(tmp_path, 0) as log:
         for step in range(1, 6):
             log.step(report(step))
-    with TensorBoardLog(tmp_path, 3) as log:
-        log.step(report(4, loss=0.5))
-    assert events_in(tmp_path)["train/loss"] == {1: 2.0, 2: 2.0, 3: 2.0, 4: 0.5}
+    with TensorBoardLog(tmp_path, checkpoint) as log:
+        log.step(report(checkpoint + 1, loss=0.5))
+    kept = dict.fromkeys(range(1, checkpoint + 1), 2.0)
+    assert events_in(tmp_path)["train/loss"] == kept | {checkpoint + 1: 0.5}
 
 
 def test_a_run_writes_event_files_beside_its_log(write_recipe, tmp_path):

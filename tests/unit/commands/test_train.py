@@ -55,6 +55,7 @@ def test_a_run_leaves_its_recipe_log_checkpoints_and_model(write_recipe, run):
     assert {path.name for path in run.iterdir()} == {
         "recipe.yaml",
         "log.jsonl",
+        "probe.safetensors",
         "checkpoints",
         "model",
         "report.html",

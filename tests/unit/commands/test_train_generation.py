@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import yaml
 from conversing import QUESTION, generator_of, moving_square, write_moving
+from html_page import Page
 
 from colfolio.data.video import Clip
 from colfolio.models.generator import Generator
@@ -59,6 +61,15 @@ def log_of(run):
     return [{key: row[key] for key in row if key not in times} for row in rows]
 
 
+def test_negatives_are_refused_where_there_are_none(write_generation, colfolio):
+    path = write_generation(validation={"every": 3, "pool": 5})
+    code, _, errors = colfolio("train", path)
+    told = " ".join(errors.split())
+    line = path.read_text().splitlines().index("  pool: 5") + 1
+    assert code == 1
+    assert f"{path}:{line}: validation.pool: is 5, and objective generation has no neg" in told
+
+
 def test_a_run_leaves_a_model_that_answers_its_log_and_a_report(
     colfolio, write_generation, tmp_path
 ):
@@ -80,7 +91,36 @@ def test_a_run_leaves_a_model_that_answers_its_log_and_a_report(
     clip = Clip(moving_square("left", np.random.default_rng(0)), 0.5)
     assert isinstance(generator.generate(clip, QUESTION, 4), str)
     assert generator.contract.recipe["train"]["objective"] == "generation"
-    assert "token_accuracy" in (tmp_path / "run" / "report.html").read_text()
+    page = Page((tmp_path / "run" / "report.html").read_text())
+    for told in (
+        "Token accuracy on validation",
+        "every answer token of a step weighs the same",
+        f"next token of answers: chance {chance:.3f}, ln of the vocabulary",
+        "every token of the vocabulary is as likely",
+        "trains",
+    ):
+        assert told in page.words, told
+    for other in ("scores without information", "the floor the least", "compared with"):
+        assert other not in page.words, other
+
+
+@pytest.mark.parametrize(
+    ("policy", "told"),
+    [
+        ({"frozen": ["vision[9]"]}, r"train\.frozen: 'vision\[9\]' reaches beyond"),
+        ({"lora": LORA | {"text": ["q_prj"]}}, r"train\.lora\.text: .*no linear layer 'q_prj'"),
+        (
+            {"frozen": ["norm"], "thaw": [{"open": ["layers"], "step": 1, "lr": 1e-3}]},
+            r"train\.thaw\.0\.open: layers trains by then already",
+        ),
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused_before_weights_are_read(
+    refused, write_generation, monkeypatch, policy, told
+):
+    path = write_generation(train=policy.items())
+    monkeypatch.setattr(Generator, "from_pretrained", None)
+    assert re.search(told, " ".join(refused("train", path).split()))
 
 
 @pytest.mark.parametrize("policy", [{}, {"lora": LORA}], ids=["full", "lora with dropout"])

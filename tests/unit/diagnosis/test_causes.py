@@ -174,7 +174,7 @@ CASES = {
     "wrong_labels": replace(
         STUCK,
         model=replace(MODEL, is_trained=True),
-        probes=(replace(PROBE, confident=0.8), STUCK.probes[1]),
+        probes=(replace(PROBE, confident=0.8, loss=6.0), STUCK.probes[1]),
     ),
     "temperature_too_low": replace(
         STUCK,
@@ -246,3 +246,60 @@ def test_what_is_measured_directly_comes_before_what_is_inferred():
 def test_accumulation_is_told_to_add_no_candidates():
     paragraph = diagnose(CASES["few_candidates"]).first.paragraph()
     assert "16 accumulated batches of 3 rows are 16 times 3 candidates, not 48" in paragraph
+
+
+def test_a_rate_that_tore_weights_apart_is_named_though_later_steps_are_small():
+    torn = (*steps([5.0] * 8, update=0.4), *steps(at_chance()[8:], update=1e-4))
+    evidence = replace(STUCK, steps=tuple(replace(s, step=n + 1) for n, s in enumerate(torn)))
+    collapsed = replace(STUCK.probes[1], spread=0.0, document_cosine=0.999)
+    found = diagnose(replace(evidence, probes=(PROBE, collapsed)))
+    assert [finding.cause for finding in found.findings][:2] == ["rate_too_high", "collapsed"]
+
+
+def test_validation_that_stays_half_way_while_training_ends_is_learnt_by_heart():
+    by_heart = replace(LEARNT, steps=steps(falling(0.02)))
+    stands = diagnose(replace(by_heart, evaluations=validated([2.6, 2.4, 2.4, 2.4])))
+    assert stands.first.cause == "over_fitting"
+    follows = diagnose(replace(by_heart, evaluations=validated([3.6, 3.0, 2.6, 2.3])))
+    assert follows.first.cause == HEALTHY
+
+
+@pytest.mark.parametrize(
+    ("share", "cause"),
+    [(0.65, "temperature_floor"), (0.95, "temperature_too_high"), (0.2, HEALTHY)],
+)
+def test_what_room_a_temperature_leaves_to_the_loss_says_how_wrong_it_is(share, cause):
+    losses = [(share + 1) / 2 * CHANCE] * 300
+    assert diagnose(replace(LEARNT, steps=steps(losses, floor=share * CHANCE))).first.cause == cause
+
+
+def test_a_model_that_ranks_is_not_called_stuck_for_its_loss():
+    ranking = replace(LEARNT, steps=steps(at_chance(), accuracy=0.9))
+    assert "not_started" not in {finding.cause for finding in diagnose(ranking).findings}
+
+
+def test_labels_that_a_trained_model_learns_are_not_called_wrong():
+    other_field = replace(PROBE, confident=0.8, loss=6.0)
+    learning = replace(LEARNT, model=replace(MODEL, is_trained=True), probes=(other_field, TRAINED))
+    assert diagnose(learning).first.cause == HEALTHY
+
+
+def test_a_collapse_is_told_behind_what_it_comes_of():
+    gone = replace(STUCK.probes[1], spread=0.001)
+    wrong = CASES["wrong_labels"]
+    found = diagnose(replace(wrong, probes=(wrong.probes[0], gone)))
+    assert [finding.cause for finding in found.findings] == ["wrong_labels", "collapsed"]
+
+
+def test_a_gradient_that_became_zero_by_a_collapse_is_no_dead_part():
+    silent = replace(STUCK.steps[1].parts["layers"], gradient_norm=0.0)
+    later = [replace(s, parts=s.parts | {"layers": silent}) for s in STUCK.steps[20:]]
+    found = diagnose(replace(STUCK, steps=(*STUCK.steps[:20], *later)))
+    assert "dead_part" not in {finding.cause for finding in found.findings}
+
+
+def test_few_weights_that_move_enough_are_no_matter_of_the_rate():
+    stays = replace(PROBE, step=300, document_distance=1e-3)
+    held = replace(STUCK, model=replace(MODEL, trains={"norm": 2}, frozen={"layers": 200}))
+    found = diagnose(replace(held, steps=steps(at_chance(), update=1e-3), probes=(PROBE, stays)))
+    assert found.first.cause == "frozen_parts"

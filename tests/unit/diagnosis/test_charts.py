@@ -4,9 +4,11 @@ from dataclasses import replace
 from itertools import pairwise
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from colfolio.diagnosis.charts import training_charts
+from colfolio.diagnosis.drawing import binned
 from colfolio.diagnosis.part_charts import _spread
 from colfolio.diagnosis.training_log import (
     LoggedEvaluation,
@@ -150,9 +152,46 @@ def test_parts_of_one_rate_are_one_curve():
     assert not {"vision", "projection"} & set(texts(svg))
 
 
+def test_the_rates_of_a_part_are_a_band():
+    """Half of vision opens again at a tenth of the rate: its curve gets a lower edge there."""
+    steps = []
+    for row in thawed(opens=1).steps:
+        vision = row.parts["vision"]
+        least = vision.lr / 10 if row.step >= 100 else vision.lr
+        parts = {"vision": replace(vision, lr_least=least), "projection": row.parts["projection"]}
+        steps.append(replace(row, parts=parts))
+    charts = dict(training_charts(TrainingLog(tuple(steps), ())))
+    upper, lower = paths(charts["Learning rate, by part"], "--part-0")[:2]
+    middle = (upper[0][0] + upper[-1][0]) / 2
+    below = [(x, y - top) for (x, y), (_, top) in zip(lower, upper, strict=True) if y < 1e9]
+    assert all(gap == pytest.approx(0, abs=1e-3) for x, gap in below if x < middle - 3)
+    assert all(gap > 5 for x, gap in below if x > middle + 3)
+    assert "fill-opacity: 0.15" in charts["Learning rate, by part"]
+    for title in PART_TITLES[:2]:
+        assert len(paths(charts[title], "--part-0")) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 59, 60, 61, 80, 119, 121, 600])
+@pytest.mark.parametrize("most", [60, 500])
+def test_a_smooth_curve_is_equally_smooth_everywhere(count, most):
+    steps, _ = binned(range(1, count + 1), [1.0] * count, most)
+    assert len(steps) <= most
+    assert len({round(gap, 6) for gap in np.diff(steps)[1:]}) <= 1
+    assert steps[-1] + -(-count // most) / 2 == count + 0.5
+    noise = np.random.default_rng(0).normal(size=count)
+    assert np.isclose(np.sort(binned(range(count), list(noise), count)[1]), np.sort(noise)).all()
+
+
 def test_validation_loss_stands_beside_the_chance_level_of_its_pool():
     charts = dict(training_charts(thawed()))
     assert "chance 4.17" in texts(charts["Validation loss, 64 negatives"])
+
+
+def test_token_accuracy_on_validation_is_drawn_where_the_log_has_it():
+    rows = [LoggedEvaluation(n, "validation", {"token_accuracy": n / 400}) for n in (100, 200)]
+    charts = dict(training_charts(TrainingLog(run(200).steps, tuple(rows))))
+    assert "0.5" in texts(charts["Token accuracy on validation"])
+    assert "Token accuracy on validation" not in dict(training_charts(run(200, 2)))
 
 
 def test_accuracy_is_drawn_where_the_log_has_it():

@@ -1,10 +1,10 @@
 import math
 import re
 from dataclasses import dataclass, replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_page import HOSTILE, Page
 
 from colfolio.diagnosis import report as report_module
 from colfolio.diagnosis.ledger import Ledger, Range
@@ -28,9 +28,6 @@ from colfolio.diagnosis.training_log import (
     TrainingLog,
 )
 
-HOSTILE = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}</title>"
-VOID = {"meta", "img", "br", "hr", "link", "input"}
-
 
 @dataclass(frozen=True)
 class Mean:
@@ -40,32 +37,6 @@ class Mean:
     high: float = 0.68
     chance: float = 0.0019
     baseline: float = 0.0023
-
-
-class Page(HTMLParser):
-    """Elements and words of a page; a tag that closes another one than it should is an error."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict]] = []
-        self.words = ""
-        self.open: list[str] = []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words += data
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -152,7 +152,7 @@ def test_a_step_takes_no_more_than_planned(make, dataset, tied, precision, which
     exact = ExactText(generator, MemorySettings.model_validate(memory), precision)
     exact.backward([batch], [0])
     highest = allocated_at_most(lambda: exact.backward([batch], [0]))
-    assert 0.7 * plan.own.peak < highest < 1.02 * plan.own.peak
+    assert 0.7 * plan.largest.own.peak < highest < 1.02 * plan.largest.own.peak
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -238,11 +238,11 @@ def test_logits_are_what_a_long_answer_costs(make, dataset):
 def test_what_fits_is_advised_and_honoured(make, dataset):
     generator = make()
     whole = planned(generator, dataset)
-    fixed = sum(part.num_bytes for part in whole.fixed)
-    room = int((fixed + whole.own.peak / 2) / 0.9)
+    fixed = sum(part.num_bytes for part in whole.largest.fixed)
+    room = int((fixed + whole.largest.own.peak / 2) / 0.9)
     plan = planned(generator, dataset, room)
     assert not plan.fits
-    advice = plan.advice
+    advice = plan.largest.advice
     memory = {
         "chunk_tokens": advice.chunk_tokens,
         "activation_mb": advice.activation_bytes / 2**20,
@@ -251,7 +251,7 @@ def test_what_fits_is_advised_and_honoured(make, dataset):
     assert advice.num_chunks["conversations"] > 1
     exact = ExactText(generator, MemorySettings.model_validate(memory))
     exact.backward([batch_of(generator, dataset)], [0])
-    assert planned(generator, dataset, 10**7).advice is None
+    assert planned(generator, dataset, 10**7).largest.advice is None
 
 
 def test_ranks_share_the_rows_of_a_batch(make, dataset):
@@ -261,5 +261,5 @@ def test_ranks_share_the_rows_of_a_batch(make, dataset):
         make_plan(generator, settings, size, named_gpu("h100-80gb"), ranks, kept_checkpoints=1)
         for ranks in (1, 4)
     )
-    assert four.own.peak < one.own.peak / 2
+    assert four.largest.own.peak < one.largest.own.peak / 2
     assert four.flops_a_step == pytest.approx(one.flops_a_step / 4)

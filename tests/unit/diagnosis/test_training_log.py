@@ -98,6 +98,16 @@ def test_parts_and_what_opened_are_read_where_they_stand(tmp_path):
     assert (after.opened, after.floor) == (("vision[0:4]", "merger"), 0.5)
 
 
+def test_what_was_not_finite_is_read_as_no_number(tmp_path):
+    part = {"lr": 1e-4, "lr_least": 1e-5, "gradient_norm": None, "update_ratio": 0.0}
+    log = read_log(write(tmp_path / "log.jsonl", step(1, loss=None, parts={"vision": part})))
+    assert log.num_unreadable == 0
+    found = log.steps[0].parts["vision"]
+    assert math.isnan(log.steps[0].loss)
+    assert math.isnan(found.gradient_norm)
+    assert (found.lr, found.lr_least, found.update_ratio) == (1e-4, 1e-5, 0.0)
+
+
 @pytest.mark.parametrize("parts", [3, [1], {"vision": {"lr": 1}}, {"vision": 1}, {"vision": []}])
 def test_parts_that_are_none_make_an_unreadable_line(tmp_path, parts):
     assert read_log(write(tmp_path / "log.jsonl", step(1, parts=parts))).num_unreadable == 1

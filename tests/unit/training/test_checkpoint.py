@@ -14,6 +14,7 @@ from colfolio.training import (
     start_training,
     train,
 )
+from colfolio.training.thaw_signals import Watch
 
 DATA = "fingerprint of the data"
 
@@ -152,6 +153,13 @@ def test_a_state_without_its_parts_is_refused(saved, settings, values):
         return
     with pytest.raises(CheckpointError, match="cannot be resumed"):
         load_checkpoint(saved, settings, DATA)
+
+
+def test_windows_that_an_earlier_rule_judged_are_begun_anew(saved, settings):
+    state = json.loads((saved / "state.json").read_text())
+    state["watch"] = {"margins": [1.0], "mean": 0.5, "error": 0.1, "flat": 2, "at_chance": 3}
+    (saved / "state.json").write_text(json.dumps(state))
+    assert load_checkpoint(saved, settings, DATA).watch == Watch(at_chance=3)
 
 
 def test_an_optimiser_of_another_model_is_refused(saved, settings, make_retriever, tmp_path):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.optim import AdamW
 
 from colfolio.errors import ColfolioError, RecipeError
 from colfolio.training.optim import (
@@ -104,6 +105,18 @@ def test_a_small_gradient_is_left_alone():
     optimiser.register_step_pre_hook(lambda *_: seen.append(layer.weight.grad.clone()))
     optimiser_step(layer, optimiser, 0.1, settings)
     torch.testing.assert_close(seen[0], torch.tensor([[0.3, 0.4]]))
+
+
+def test_a_gradient_that_is_no_number_leaves_every_weight_as_it_was():
+    settings = OptimiserSettings(lr=0.1)
+    for value, moves in ((1.0, True), (math.nan, False), (math.inf, False)):
+        model = linear_with_gradient(value)
+        optimiser = AdamW(model.parameters(), fused=True)
+        before = copy.deepcopy(model.state_dict())
+        norm = optimiser_step(model, optimiser, 0.1, settings)
+        assert bool(norm.isfinite()) == moves
+        is_same = all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+        assert is_same != moves
 
 
 def test_a_step_uses_the_given_rate_and_clears_the_gradient():

@@ -55,7 +55,7 @@ def check_reports(state, reports):
             change = plain_norm([after[name] - weights[name] for name in names])
             ratio = change / plain_norm([weights[name] for name in names])
             assert numbers.update_ratio == pytest.approx(ratio, rel=1e-5)
-            assert numbers.lr == report.lr
+            assert numbers.lr == numbers.lr_least == report.lr
 
 
 def test_a_report_has_gradient_norm_update_ratio_and_rate_of_each_part(watched):

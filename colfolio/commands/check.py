@@ -1,0 +1,151 @@
+"""`colfolio check`: what a run would stumble over, asked of its recipe or of a model before it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.text import Text
+
+from colfolio.commands.console import console
+from colfolio.commands.policy import check_policy
+from colfolio.commands.run_folder import TrainRecipe
+from colfolio.commands.run_ledger import ledger_of
+from colfolio.commands.splits import Splits, load_splits
+from colfolio.config import load_settings, naming_lines
+from colfolio.data.conversations import ConversationDataset
+from colfolio.data.dataset import RetrievalDataset
+from colfolio.diagnosis import Ledger, TextLedger, check_reachable
+from colfolio.diagnosis.preflight import Check, check_first, check_model, check_run, failures
+from colfolio.errors import ColfolioError, RecipeError
+from colfolio.models.retriever import Retriever
+from colfolio.training import TrainingState, start_training
+from colfolio.training.opening import open_due_stages
+
+
+def check_command(
+    recipe_path: Path, overrides: Sequence[str] = (), *, device: str | None = None
+) -> bool:
+    """Print a line for each check of a recipe; whether all passed. No folder is made.
+
+    Raises:
+        ColfolioError: the recipe, the base or the dataset cannot be honoured.
+    """
+    recipe = load_settings(recipe_path, TrainRecipe, overrides)
+    if recipe.train.objective != "retrieval":
+        raise RecipeError(
+            f"{recipe_path}: colfolio check asks of a retriever's vectors and scores, and "
+            f"train.objective is {recipe.train.objective}, which has none; train it, and look at "
+            "its loss beside chance"
+        )
+    check_reachable(recipe.train, 1)
+    with naming_lines(recipe_path, "train", overrides), tempfile.TemporaryDirectory() as features:
+        check_policy(recipe)
+        return say_checks(_checks(recipe, device, Path(features)))
+
+
+def check_model_command(model: str, *, device: str | None = None) -> bool:
+    """Print a line for each check of a model, of whichever library; whether all passed.
+
+    Args:
+        model: folder or hub id.
+
+    Raises:
+        ColfolioError: there is no such folder or hub id, or the device cannot be used.
+    """
+    return say_checks(check_model(model, device=device))
+
+
+def say_checks(checks: Iterable[Check]) -> bool:
+    """Print a line for each check as it is done, and one on all; whether all passed."""
+    done: list[Check] = []
+    for check in checks:
+        console().print(_line(check))
+        done.append(check)
+    failed = sum(not check.passed for check in done)
+    seconds = sum(check.seconds for check in done)
+    told = f"{len(done) - failed} passed, {failed} failed, in {seconds:.1f} s"
+    console().print(Text(told, style="red" if failed else "green"))
+    return not failed
+
+
+def first_checks(
+    state: TrainingState,
+    splits: Splits,
+    ledger: Ledger | TextLedger,
+    base: str,
+    *,
+    unchecked: bool,
+) -> list[Check]:
+    """The cheap checks of a run that begins; all ranks call it, and refuse alike.
+
+    Args:
+        ledger: of the run; with one of text nothing is checked.
+        base: folder or hub id of the model.
+        unchecked: go on although one fails.
+
+    Raises:
+        ColfolioError: one failed.
+    """
+    if not isinstance(ledger, Ledger):
+        return []
+    checks: list[Check] = []
+    try:
+        for check in check_first(state, _retrieval(splits.train), ledger, base):
+            checks.append(check)  # those before an error count
+    except (RecipeError, torch.OutOfMemoryError):
+        # no room for a chunk: the first step says what to do, and leaves a run that can go on
+        if state.world.size > 1:
+            raise
+    told = "; ".join(f"{check.name}: {check.told}" for check in failures(checks))
+    with state.world.together():
+        if told and not unchecked:
+            raise ColfolioError(
+                f"not begun, for a check before step 1 failed. {told}. colfolio check makes all "
+                "checks of a recipe; --unchecked trains all the same"
+            )
+    return checks
+
+
+def say_first(checks: Sequence[Check]) -> None:
+    """Print in a line what was checked, and what a run goes on with that failed."""
+    if not checks:
+        return
+    names = ", ".join(check.name for check in checks if check.passed)
+    seconds = sum(check.seconds for check in checks)
+    console().print(f"checked     {names}, in {seconds:.1f} s", markup=False)
+    for check in failures(checks):
+        told = f"unchecked   goes on although this failed: {check.name}: {check.told}"
+        console().print(Text(told, style="yellow"))
+
+
+def _checks(recipe: TrainRecipe, device: str | None, features: Path) -> Iterable[Check]:
+    splits = load_splits(recipe)
+    model = Retriever.from_pretrained(recipe.model, device=device)
+    state = start_training(model, recipe.train, features_folder=features)
+    open_due_stages(state, 0.0)
+    held_out = _retrieval(splits.validation.dataset) if splits.validation else None
+    base = str(Path(recipe.model).absolute()) if Path(recipe.model).exists() else recipe.model
+    return check_run(
+        state, _retrieval(splits.train), held_out, partial(_ledger, state, splits), base
+    )
+
+
+def _ledger(state: TrainingState, splits: Splits) -> Ledger:
+    ledger = ledger_of(state, splits)
+    assert isinstance(ledger, Ledger)
+    return ledger
+
+
+def _retrieval(dataset: RetrievalDataset | ConversationDataset) -> RetrievalDataset:
+    assert isinstance(dataset, RetrievalDataset)
+    return dataset
+
+
+def _line(check: Check) -> Text:
+    verdict = Text("passed  " if check.passed else "failed  ", "green" if check.passed else "red")
+    cause = f" [{check.cause}]" if check.cause and not check.passed else ""
+    return verdict.append(f"{check.name}: {check.told}{cause}", style="default")

@@ -1,0 +1,116 @@
+"""Whether the data is what the recipe says: candidates, answers, and splits that share nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from colfolio.data.dataset import RetrievalDataset
+from colfolio.diagnosis.causes.thresholds import COPIES, LEAKED
+from colfolio.diagnosis.evidence import DataFacts
+from colfolio.diagnosis.ledger import Ledger
+from colfolio.diagnosis.preflight.check import Check
+from colfolio.diagnosis.preflight.trial import Trial
+from colfolio.errors import RecipeError
+from colfolio.training import TrainSettings
+
+CANDIDATES, ANSWERS, COPIED, SPLITS = (
+    "candidates",
+    "answers of a batch",
+    "no answer is a negative",
+    "nothing in two splits",
+)
+
+
+def candidates(count: Callable[[], Ledger], settings: TrainSettings) -> Check:
+    """A query is compared with as many documents as the recipe asks for.
+
+    Args:
+        count: makes the ledger of the run.
+    """
+    try:
+        ledger = count()
+    except RecipeError as error:
+        return Check(CANDIDATES, False, str(error), "few_candidates")
+    told = (
+        f"{ledger.candidates.median:g} of {ledger.documents.median:g} documents of a batch of "
+        f"{ledger.rows} rows"
+    )
+    masked = sum(ledger.left_out.values())
+    told += f", {masked:.1f} left out" if masked else ""
+    told += f"; the recipe asks for {ledger.wanted}" if ledger.wanted else ""
+    if settings.accumulation > 1:
+        told += f"; accumulation {settings.accumulation} adds none"
+    return Check(CANDIDATES, True, told)
+
+
+def answers(trial: Trial) -> Check:
+    """The positives of a batch are the documents judged to answer its queries' texts, no others."""
+    batch = trial.batch
+    judged = _judged(trial.dataset, batch.query_ids.tolist(), batch.document_ids.tolist())
+    takes_part = batch.positives.any(dim=1, keepdim=True)
+    negatives = ~(batch.positives | batch.ignored)
+    lost = takes_part & judged & ~batch.positives
+    wrong = (batch.positives & ~judged) | lost
+    told = (
+        f"{int(batch.positives.sum())} answers, {int(negatives.sum())} negatives and "
+        f"{int((takes_part & batch.ignored).sum())} masked pairs of {len(batch.positives)} queries"
+    )
+    if not wrong.any():
+        return Check(ANSWERS, True, f"{told}, as judged")
+    row, column = wrong.nonzero()[0].tolist()
+    query = trial.dataset.queries[int(batch.query_ids[row])].id
+    document = trial.dataset.corpus.ids[int(batch.document_ids[column])]
+    verdict = "does not answer" if batch.positives[row, column] else "answers"
+    return Check(
+        ANSWERS,
+        False,
+        f"{told}, {int(wrong.sum())} of them not as judged: by the dataset {document!r} {verdict} "
+        f"{query!r}; join queries and documents by their ids",
+        "shifted_labels",
+    )
+
+
+def no_false_negatives(facts: Callable[[], DataFacts]) -> Check:
+    """No candidate of a query is its answer again, by its pixels or by the text that it answers."""
+    copies = facts().copies
+    told = f"{copies:.2%} of the candidates of a query are copies of its answer"
+    if copies < COPIES:
+        return Check(COPIED, True, told)
+    mend = "set train.batch.ignore_copies to exact, or to near, or remove copies from the data"
+    return Check(COPIED, False, f"{told}, and are pushed away; {mend}", "false_negatives")
+
+
+def splits_apart(facts: Callable[[], DataFacts]) -> Check:
+    """Training has neither the images nor the new queries of the validation split."""
+    found = facts()
+    if found.validation_documents is None:
+        return Check(SPLITS, True, "the recipe validates on no split")
+    told = f"training has {found.leaked:.1%} of the validation split's images or queries"
+    if found.leaked < LEAKED:
+        return Check(SPLITS, True, told)
+    return Check(
+        SPLITS,
+        False,
+        f"{told}, so that validation measures what was learnt by heart; take them out of training, "
+        "and split by document",
+        "leaked_split",
+    )
+
+
+def _judged(
+    dataset: RetrievalDataset, queries: list[int], documents: list[int]
+) -> Bool[Tensor, "Q D"]:
+    """Which documents answer a query of the same text, whatever its case."""
+    asked = {dataset.queries[query].text.casefold() for query in queries}
+    answering: dict[str, set[str]] = {text: set() for text in asked}
+    for query in dataset.queries:
+        if (text := query.text.casefold()) in asked:
+            answering[text].update(dataset.positives(query.id))
+    ids = [dataset.corpus.ids[document] for document in documents]
+    rows = [answering[dataset.queries[query].text.casefold()] for query in queries]
+    return torch.from_numpy(np.array([[id_ in wanted for id_ in ids] for wanted in rows]))

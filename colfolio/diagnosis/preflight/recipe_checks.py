@@ -1,0 +1,90 @@
+"""All checks of a recipe, and the cheap ones among them that every run begins with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from colfolio.data.dataset import RetrievalDataset
+from colfolio.data.picks import Picker
+from colfolio.diagnosis.evidence import DataFacts
+from colfolio.diagnosis.ledger import Ledger
+from colfolio.diagnosis.preflight import data_checks as data
+from colfolio.diagnosis.preflight import equality_checks as equality
+from colfolio.diagnosis.preflight import input_checks as inputs
+from colfolio.diagnosis.preflight import learning_checks as learning
+from colfolio.diagnosis.preflight.check import Asked, Check, run_checks, timed
+from colfolio.diagnosis.preflight.trial import Trial, make_trial, teacher_of
+from colfolio.diagnosis.signals import measure_data
+from colfolio.training import TrainingState
+
+
+def check_run(
+    state: TrainingState,
+    dataset: RetrievalDataset,
+    held_out: RetrievalDataset | None,
+    count: Callable[[], Ledger],
+    base: str,
+) -> Iterator[Check]:
+    """All checks of a run before its first step, one after another; in a world of one.
+
+    Args:
+        state: the same again after each check.
+        dataset, held_out: the training split, and that of validation if there is one.
+        count: makes the ledger of the run.
+        base: folder or hub id of the model.
+
+    Raises:
+        DatasetError: none of the first images can be read.
+    """
+    trial = make_trial(state, dataset)
+
+    @functools.cache
+    def facts() -> DataFacts:
+        collator, settings = state.retriever.collator, state.settings
+        picker = Picker(dataset, settings.batch, settings.seed, teacher_of(state, dataset))
+        return measure_data(dataset, collator, settings.batch, picker, trial.rows, held_out)
+
+    asked = _cheap(trial, count, base) | {
+        data.ANSWERS: partial(data.answers, trial),
+        data.COPIED: partial(data.no_false_negatives, facts),
+        data.SPLITS: partial(data.splits_apart, facts),
+        learning.START: partial(learning.start_of_loss, trial),
+        learning.FROZEN: partial(learning.frozen_weights, trial),
+        learning.ONE_BATCH: partial(learning.one_batch_by_heart, trial),
+        equality.ALONE: partial(equality.rows_alone, trial),
+        equality.CHUNKS: partial(equality.chunks_alike, trial),
+        equality.SAVED: partial(equality.saved_and_loaded, trial, base),
+        equality.HALF: partial(equality.half_precision, trial),
+    }
+    yield from run_checks(asked)
+
+
+def check_first(
+    state: TrainingState, dataset: RetrievalDataset, ledger: Ledger, base: str
+) -> Iterator[Check]:
+    """The checks that cost less than a step or two; all ranks call it, and get the same.
+
+    Args:
+        state: before the first step; the same again after each check.
+        base: folder or hub id of the model.
+
+    Raises:
+        ColfolioError: what the first step would refuse, as a chunk that does not fit.
+    """
+    asked = _cheap(make_trial(state, dataset), lambda: ledger, base)
+    # an error that a rank has alone must end it, as in a step: the others wait for it there
+    yield from map(timed, asked.values())
+
+
+def _cheap(trial: Trial, count: Callable[[], Ledger], base: str) -> dict[str, Asked]:
+    model = trial.retriever
+    return {
+        inputs.WEIGHTS: partial(inputs.weights_of_files, model, base),
+        inputs.POSITIONS: partial(inputs.positions, model, trial.rows),
+        inputs.TEMPLATES: partial(inputs.templates, model, trial.rows),
+        inputs.TOKENS: partial(inputs.token_counts, model, trial.rows),
+        data.CANDIDATES: partial(data.candidates, count, trial.state.settings),
+        learning.GRADIENT: partial(learning.reach_of_gradient, trial),
+    }

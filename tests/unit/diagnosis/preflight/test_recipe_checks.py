@@ -1,0 +1,367 @@
+"""Each check passes on a sound run, fails where its fault is planted, and leaves no trace."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from colfolio.batch import MultiVectors
+from colfolio.data.collate import Collator
+from colfolio.data.dataset import CorpusRow, Query, load_dataset, write_split
+from colfolio.data.picks import BatchSettings, Picker
+from colfolio.data.prompts import Prompter
+from colfolio.data.relations import Relations
+from colfolio.diagnosis.ledger import make_ledger
+from colfolio.diagnosis.preflight import check_first, check_run
+from colfolio.diagnosis.preflight import data_checks as data
+from colfolio.diagnosis.preflight import equality_checks as equality
+from colfolio.diagnosis.preflight import input_checks as inputs
+from colfolio.diagnosis.preflight import learning_checks as learning
+from colfolio.diagnosis.preflight.check import run_checks
+from colfolio.diagnosis.preflight.trial import make_trial
+from colfolio.diagnosis.signals import measure_data
+from colfolio.models import Retriever, projected
+from colfolio.training import TrainSettings, start_training
+from colfolio.training.exact_batch import ExactBatch
+
+SETTINGS = {
+    "steps": 6,
+    "seed": 3,
+    "batch": {"rows": 6},
+    "optimiser": {"lr": 1e-2, "warmup_steps": 2},
+    "precision": "fp32",
+}
+
+
+@pytest.fixture(scope="session")
+def shapes_folder(tmp_path_factory, write_shapes):
+    folder = tmp_path_factory.mktemp("shapes") / "shapes"
+    write_shapes(folder, {"train": 24, "validation": 12})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory, shared_retriever):
+    folder = tmp_path_factory.mktemp("base") / "base"
+    shared_retriever.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def begin(base_folder):
+    """The state of a run of the base, with some settings other than usual."""
+
+    def begin(**changed):
+        settings = TrainSettings.model_validate(SETTINGS | changed)
+        return start_training(Retriever.from_pretrained(base_folder), settings)
+
+    return begin
+
+
+@pytest.fixture
+def checks_of(shapes_folder, base_folder):
+    """All checks of a run by name."""
+
+    def checks_of(state, folder=shapes_folder):
+        dataset, held_out = (load_dataset(folder, split) for split in ("train", "validation"))
+        lengths = state.retriever.collator.query_lengths
+
+        def count():
+            return make_ledger(dataset, state.settings, 1, lengths)
+
+        checks = check_run(state, dataset, held_out, count, str(base_folder))
+        return {check.name: check for check in checks}
+
+    return checks_of
+
+
+@pytest.fixture
+def trial_of(shapes_folder):
+    """What the checks of a run are made on."""
+    return lambda state, folder=shapes_folder: make_trial(state, load_dataset(folder, "train"))
+
+
+def everything_of(state):
+    """All that a check could leave a trace in."""
+    named = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    modes = [module.training for module in state.model.modules()]
+    generators = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    gradients = [parameter.grad for parameter in state.model.parameters()]
+    others = state.retriever.contract, len(state.optimiser.state), state.step, state.position
+    return named, modes, generators, gradients, others
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"precision": "bf16"},
+        {"frozen": ["vision", "merger"]},
+        {"lora": {"rank": 8, "projection": "full"}},
+        {"loss": {"kind": "pairwise"}},
+        {"gradient_checkpointing": "all", "memory": {"chunk_tokens": 16}},
+    ],
+    ids=["whole", "bf16", "frozen", "lora", "pairwise", "checkpointed"],
+)
+def test_a_sound_run_passes_every_check_with_a_number(changed, begin, checks_of):
+    checks = checks_of(begin(**changed))
+    assert [check for check in checks.values() if not check.passed] == []
+    for check in checks.values():
+        assert any(letter.isdigit() for letter in check.told), check
+        assert check.seconds > 0
+
+
+@pytest.mark.parametrize("changed", [{}, {"lora": {"rank": 2}}])
+def test_checks_leave_no_trace_in_the_state(changed, begin, checks_of):
+    state = begin(**changed)
+    torch.manual_seed(5)
+    before = everything_of(state)
+    checks_of(state)
+    after = everything_of(state)
+    assert before[0].keys() == after[0].keys()
+    for name, tensor in before[0].items():
+        assert torch.equal(tensor, after[0][name]), name
+    assert torch.equal(before[2][0], after[2][0])
+    assert (before[1], before[2][1], before[3:]) == (after[1], after[2][1], after[3:])
+
+
+def test_the_first_checks_are_some_of_all(begin, checks_of, shapes_folder, base_folder):
+    state = begin()
+    dataset = load_dataset(shapes_folder, "train")
+    ledger = make_ledger(dataset, state.settings, 1, state.retriever.collator.query_lengths)
+    first = [check.name for check in check_first(state, dataset, ledger, str(base_folder))]
+    assert first == list(checks_of(state))[: len(first)]
+    assert {inputs.POSITIONS, inputs.TEMPLATES, learning.GRADIENT} <= set(first)
+
+
+def assert_fails(check, cause):
+    assert (check.passed, check.cause) == (False, cause), check
+
+
+def test_an_unknown_query_template_is_found(begin, trial_of, monkeypatch):
+    own = Prompter.query_ids
+    monkeypatch.setattr(
+        Prompter, "query_ids", lambda self, queries: [ids[:-1] for ids in own(self, queries)]
+    )
+    trial = trial_of(begin())
+    assert_fails(inputs.templates(trial.retriever, trial.rows), "wrong_template")
+
+
+def test_flattened_positions_are_found(begin, trial_of, monkeypatch):
+    own = Collator.documents
+
+    def flat(self, documents, behind=None):
+        packed = own(self, documents, behind)
+        ranges = [torch.arange(int(length)) for length in packed.lengths]
+        packed.position_ids.copy_(torch.cat(ranges).expand(3, -1))
+        return packed
+
+    monkeypatch.setattr(Collator, "documents", flat)
+    trial = trial_of(begin())
+    assert_fails(inputs.positions(trial.retriever, trial.rows), "positions_flattened")
+
+
+def test_image_tokens_that_are_cut_off_are_found(begin, trial_of):
+    trial = trial_of(begin())
+    documents = trial.rows.documents
+    token_ids = documents.token_ids.clone()
+    image = trial.retriever.collator.prompter.image_token_id
+    token_ids[(token_ids == image).nonzero()[0]] = 0
+    cut = replace(trial.rows, documents=replace(documents, token_ids=token_ids))
+    assert_fails(inputs.token_counts(trial.retriever, cut), "truncated_images")
+
+
+def test_weights_that_a_load_draws_are_found(begin, base_folder):
+    state = begin()
+    with torch.no_grad():
+        state.retriever.projection.weight.normal_()
+    check = inputs.weights_of_files(state.retriever, str(base_folder))
+    assert_fails(check, "fresh_tensors")
+    assert "custom_text_proj.weight" in check.told
+
+
+def test_too_few_candidates_are_found(begin, shapes_folder):
+    state = begin(batch={"rows": 6, "candidates": 7})
+    dataset, lengths = load_dataset(shapes_folder, "train"), state.retriever.collator.query_lengths
+    check = data.candidates(
+        lambda: make_ledger(dataset, state.settings, 1, lengths), state.settings
+    )
+    assert_fails(check, "few_candidates")
+
+
+def test_labels_beside_their_documents_are_found(begin, trial_of, monkeypatch):
+    own = Relations.masks
+
+    def shifted(self, queries, rows, look_same=None):
+        positives, ignored = own(self, queries, rows, look_same)
+        return positives.roll(1, dims=1), ignored
+
+    monkeypatch.setattr(Relations, "masks", shifted)
+    assert_fails(data.answers(trial_of(begin())), "shifted_labels")
+
+
+@pytest.fixture
+def facts_of(tmp_path, encode_png, random_image):
+    """The facts of a data set of pictures with these numbers, some of them more than once."""
+
+    def write(split, pictures):
+        rows, queries, qrels = [], [], {}
+        for place, picture in enumerate(pictures):
+            name = f"{split}-{place}"
+            image = encode_png(random_image(56, 56, seed=picture))
+            rows.append(CorpusRow(name, image, name))
+            queries.append(Query(name, f"what is {name}"))
+            qrels[name] = {name: 1}
+        write_split(tmp_path / "set", split, rows, queries, qrels)
+        return load_dataset(tmp_path / "set", split)
+
+    def facts_of(retriever, training, held_out):
+        dataset, validation = write("train", training), write("validation", held_out)
+        settings = BatchSettings(rows=12, ignore_copies="none")
+        picker = Picker(dataset, settings, 0)
+        facts = measure_data(dataset, retriever.collator, settings, picker, None, validation)
+        return lambda: facts
+
+    return facts_of
+
+
+def test_copies_of_answers_among_the_negatives_are_found(shared_retriever, facts_of):
+    facts = facts_of(shared_retriever, [n // 3 for n in range(24)], range(40, 52))
+    assert_fails(data.no_false_negatives(facts), "false_negatives")
+    assert data.splits_apart(facts).passed
+
+
+def test_images_of_two_splits_are_found(shared_retriever, facts_of):
+    facts = facts_of(shared_retriever, range(24), range(20, 32))
+    assert_fails(data.splits_apart(facts), "leaked_split")
+    assert data.no_false_negatives(facts).passed
+
+
+def test_scores_too_far_apart_for_their_temperature_are_found(begin, trial_of):
+    check = learning.start_of_loss(trial_of(begin(loss={"temperature": 0.01})))
+    assert_fails(check, "temperature_too_low")
+    assert "train.loss.temperature" in check.told
+
+
+def test_trained_weights_that_know_nothing_are_found(begin, trial_of):
+    state = begin()
+    told = {"recipe": {"train": {}}}
+    state.retriever.contract = state.retriever.contract.model_copy(update=told)
+    assert not learning.start_of_loss(trial_of(state)).passed
+
+
+def test_a_part_that_no_gradient_reaches_is_found(begin, trial_of, monkeypatch):
+    own = projected.run_vision
+    monkeypatch.setattr(projected, "run_vision", lambda *given: own(*given).detach())
+    check = learning.reach_of_gradient(trial_of(begin()))
+    assert_fails(check, "dead_part")
+    assert "vision" in check.told
+
+
+def test_an_adapter_is_reached_though_one_of_its_matrices_is_zero(begin, trial_of):
+    check = learning.reach_of_gradient(trial_of(begin(lora={"rank": 2})))
+    assert check.passed
+    alive, _, rest = check.told.partition(" of ")
+    assert int(alive) < int(rest.split()[0])
+
+
+def test_a_frozen_weight_that_changes_is_found(begin, trial_of):
+    state = begin(frozen=["vision"])
+    weight = next(state.retriever.backbone.visual.parameters())
+
+    def change(*_):
+        with torch.no_grad():
+            weight.add_(1e-3)
+
+    state.retriever.projection.register_full_backward_hook(change)
+    assert_fails(learning.frozen_weights(trial_of(state)), "frozen_parts")
+
+
+def test_a_rate_below_what_weights_can_hold_is_found(begin, trial_of):
+    settings = {"lr": 1e-12, "weight_decay": 0.0}
+    assert_fails(learning.frozen_weights(trial_of(begin(optimiser=settings))), "rate_too_low")
+
+
+@pytest.mark.parametrize("lr", [1e-7, 1e3])
+def test_a_rate_at_which_nothing_is_learnt_is_found(lr, begin, trial_of):
+    check = learning.one_batch_by_heart(trial_of(begin(optimiser={"lr": lr})))
+    assert_fails(check, "rate_too_low" if lr < 1 else "rate_too_high")
+
+
+def test_a_batch_that_another_rate_learns_passes_and_says_so(begin, trial_of):
+    check = learning.one_batch_by_heart(trial_of(begin(optimiser={"lr": 1e-5})))
+    assert check.passed
+    assert "10 x the recipe's rate; at its own" in check.told
+
+
+def test_rows_that_reach_one_another_are_found(begin, trial_of, monkeypatch):
+    own = Retriever.forward
+
+    def mixed(self, packed, below=None):
+        vectors = own(self, packed, below)
+        mean = vectors.vectors.mean(dim=0, keepdim=True)
+        return MultiVectors(nn.functional.normalize(vectors.vectors + mean, dim=1), vectors.offsets)
+
+    trial = trial_of(begin())
+    monkeypatch.setattr(Retriever, "forward", mixed)
+    assert_fails(equality.rows_alone(trial), "padding_side")
+    assert not equality.chunks_alike(trial).passed
+
+
+def test_a_cached_gradient_that_is_scaled_is_found(begin, trial_of, monkeypatch):
+    own = ExactBatch._second_pass
+    monkeypatch.setattr(
+        ExactBatch, "_second_pass", lambda self, chunk, gradient: own(self, chunk, 2 * gradient)
+    )
+    assert not equality.chunks_alike(trial_of(begin())).passed
+
+
+def test_chunks_are_run_twice_where_they_are_compared(begin, trial_of, monkeypatch):
+    own, kept = ExactBatch._second_pass, []
+
+    def counted(self, chunk, gradient):
+        kept.append(chunk.is_kept)
+        own(self, chunk, gradient)
+
+    monkeypatch.setattr(ExactBatch, "_second_pass", counted)
+    assert equality.chunks_alike(trial_of(begin())).passed
+    assert kept.count(False) > len(kept) // 2
+
+
+def test_a_save_that_loses_what_was_trained_is_found(begin, trial_of, base_folder, monkeypatch):
+    own, trial = Retriever.from_pretrained, trial_of(begin())
+    monkeypatch.setattr(
+        Retriever, "from_pretrained", lambda *_, **given: own(base_folder, dtype=given["dtype"])
+    )
+    assert_fails(equality.saved_and_loaded(trial, str(base_folder)), "fresh_tensors")
+
+
+def test_scores_that_half_precision_rounds_away_are_found(begin, trial_of, monkeypatch):
+    own, trial = Retriever.forward, trial_of(begin(precision="bf16"))
+
+    def rounded(self, packed, below=None):
+        vectors = own(self, packed, below)
+        if not torch.is_autocast_enabled("cpu"):
+            return vectors
+        coarse = vectors.vectors + 0.5 * torch.sin(1e4 * vectors.vectors)
+        return MultiVectors(coarse, vectors.offsets)
+
+    assert equality.half_precision(trial).passed
+    monkeypatch.setattr(Retriever, "forward", rounded)
+    assert_fails(equality.half_precision(trial), "rounded_scores")
+
+
+def test_a_check_that_ends_in_an_error_has_failed():
+    def diverge():
+        raise FloatingPointError("it diverged")
+
+    (check,) = run_checks({"loss": diverge})
+    assert (check.name, check.passed, check.told) == ("loss", False, "it diverged")
+
+
+def test_rank_correlation_is_one_for_the_same_order_and_minus_one_for_the_other():
+    scores = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    assert equality.rank_correlation(scores, scores**3) == pytest.approx(1)
+    assert equality.rank_correlation(scores, -scores) == pytest.approx(-1)

@@ -1,0 +1,149 @@
+"""A report says what is the matter, what is not, and shows what its probe and its examples say."""
+
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+from html_page import HOSTILE, Page
+
+from colfolio.diagnosis.evidence import ProbeSignals
+from colfolio.diagnosis.heat_examples import HeatExample, TokenShare
+from colfolio.diagnosis.probe_charts import score_histograms
+from colfolio.diagnosis.report import ReportData, render_report
+from colfolio.diagnosis.training_log import LoggedStep, TrainingLog
+
+CHANCE = math.log(64)
+NAMED = {"step": 120, "cause": "collapsed", "told": "The model has collapsed. It is 4.16. Stop."}
+
+
+def probe(step, spread=0.5, histogram=((1, 3, 0), (9, 4, 1))):
+    return ProbeSignals(
+        step=step,
+        documents=32,
+        loss=3.5,
+        chance=math.log(32),
+        floor=0.0,
+        margin=-1.0,
+        mean_margin=0.0,
+        rank=16.5 - step / 100,
+        accuracy=0.03,
+        spread=spread,
+        query_cosine=0.6,
+        document_cosine=0.7,
+        query_rank=9.0,
+        document_rank=8.0,
+        dim=32,
+        same_winner=0.3,
+        query_distance=0.2,
+        document_distance=0.2,
+        shift=1,
+        shift_accuracy=0.06,
+        confident=0.1,
+        distinct_scores=1.0,
+        score_error=1e-6,
+        histogram=histogram,
+        edges=(-1.0, 2.0),
+    )
+
+
+def log(losses, probes=(), diagnoses=(), opened=0):
+    steps = tuple(
+        LoggedStep(
+            number,
+            loss,
+            CHANCE,
+            0.0,
+            1e-3,
+            100.0,
+            64.0,
+            0.0,
+            floor=0.0,
+            accuracy=0.5,
+            opened=("vision",) if number == opened else (),
+        )
+        for number, loss in enumerate(losses, start=1)
+    )
+    return TrainingLog(steps, (), probes=tuple(map(asdict, probes)), diagnoses=tuple(diagnoses))
+
+
+COLLAPSED = log(
+    [CHANCE + 1e-4 * math.sin(n) for n in range(300)],
+    [probe(0), probe(100, 0.01), probe(200, 0.001)],
+    [NAMED],
+    opened=81,
+)
+FALLING = log([0.4 + 3.7 * math.exp(-n / 60) for n in range(300)])
+
+
+def words_of(log, **others):
+    return Page(render_report(ReportData(title="a", log=log, **others))).words
+
+
+def picture(seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (28, 56, 3), dtype=np.uint8)
+
+
+def example(text, rank=2):
+    count = 1 if rank == 1 else 2
+    token = TokenShare(text, 0.25, None if rank == 1 else 0.75, picture())
+    return HeatExample(
+        text, rank, 40, (picture(),) * count, (text,) * count, (1.5, 2.5)[:count], (token,)
+    )
+
+
+def test_a_run_that_does_not_learn_is_told_why_at_the_top():
+    html = render_report(ReportData(title="a", log=COLLAPSED))
+    words = Page(html).words
+    assert "The model has collapsed: it gives all documents the same score" in words
+    assert "certain" in words
+    assert "Scores of a query spread by 0.001" in words
+    assert words.index("Diagnosis") < words.index("Training")
+
+
+def test_what_was_ruled_out_is_folded_away_with_its_number():
+    page = Page(render_report(ReportData(title="a", log=COLLAPSED)))
+    assert "details" in {tag for tag, _ in page.elements}
+    assert "Ruled out:" in page.words
+    assert "a query has 64 candidates" in page.words
+    assert "Not known from this log:" in page.words
+
+
+def test_a_healthy_run_is_told_so():
+    html = render_report(ReportData(title="a", log=FALLING))
+    assert "The run learns" in Page(html).words
+    assert 'class="finding well"' in html
+
+
+def test_plateaus_are_marked_by_letters_and_openings_by_numbers():
+    words = words_of(COLLAPSED)
+    assert (
+        "1 vision opened after step 80; A The model has collapsed (said after step 120)." in words
+    )
+    assert "opened" not in words_of(FALLING)
+
+
+def test_a_run_with_probes_shows_ranks_and_scores_at_several_steps():
+    words = words_of(COLLAPSED)
+    for title in ("Rank of the answer among 32", "Scores after step 0", "Scores after step 200"):
+        assert title in words
+    assert "Scores after" not in words_of(FALLING)
+
+
+def test_probes_without_scores_have_no_histograms():
+    empty = probe(0, histogram=((), ()))
+    assert score_histograms([empty, replace(empty, step=5)]) == []
+    assert len(score_histograms([probe(step) for step in range(200)])) == 6
+
+
+def test_examples_show_both_documents_and_what_each_token_adds():
+    words = words_of(FALLING, heat=[example("meson", 1), example("syriac")])
+    for said in ("✓ hit", "✗ miss", "sought", "found instead", "0.25", "/ 0.75", "among 40"):
+        assert said in words
+
+
+def test_hostile_names_in_log_and_examples_stay_text():
+    hostile = replace(COLLAPSED, diagnoses=({**NAMED, "told": f"{HOSTILE}. No."},))
+    page = Page(render_report(ReportData(title="a", log=hostile, heat=[example(HOSTILE)])))
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert not any(name.startswith("on") for _, attrs in page.elements for name in attrs)
+    assert page.words.count("{{ 7 * 7 }}") >= 3
