@@ -75,6 +75,7 @@ def test_a_rank_ends_without_winding_up_the_interpreter(launcher, code, output):
         env={**os.environ, **launcher},
         capture_output=True,
         text=True,
+        check=False,
     )
     assert (ended.returncode, ended.stdout) == (code, output)
 

@@ -92,7 +92,9 @@ def text_positions(generator: Generator, dataset: ConversationDataset) -> tuple[
     rate = generator.contract.frame_rate
     rows = next(in_order(dataset, generator.chat, rate, _WATCHED, World())).inputs
     last = rows.offsets[1:] - 1
-    fault, told = _seen(generator, rows, lambda inputs: generator(inputs, last.to(generator.device)))
+    fault, told = _seen(
+        generator, rows, lambda inputs: generator(inputs, last.to(generator.device))
+    )
     return fault or "right", told
 
 
