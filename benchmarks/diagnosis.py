@@ -125,8 +125,12 @@ def done(jobs: Sequence[Job], folder: Path, processes: int) -> Iterator[Run]:
         processes, context, torch.set_num_threads, (1,), max_tasks_per_child=_TASKS
     ) as pool:
         waiting = [pool.submit(run_job, job, folder) for job in jobs]
-        for each in as_completed(waiting):
-            yield each.result()
+        try:
+            for each in as_completed(waiting):
+                yield each.result()
+        except Exception:  # the others are not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def run_job(job: Job, folder: Path) -> Run:

@@ -213,12 +213,12 @@ def scores_in_bf16() -> Iterator[None]:
 
 @contextmanager
 def weight_spoilt() -> Iterator[None]:
-    """A weight of the second decoder layer becomes infinite while the run goes on."""
+    """A weight of the last decoder layer becomes infinite while the run goes on."""
     begin = train_module.start_training
 
     def starting(*arguments: Any, **options: Any) -> TrainingState:
         state = begin(*arguments, **options)
-        layer = state.model.backbone.language_model.layers[1].mlp.down_proj
+        layer = state.model.backbone.language_model.layers[-1].mlp.down_proj
 
         def spoil(_module: Any, _inputs: Any) -> None:
             if state.step >= _SPOILT_AT:
