@@ -274,7 +274,7 @@ def test_adapters_change_nothing_at_first_and_merge_into_what_they_compute(
 def test_adapters_that_a_head_cannot_have_are_refused(make_generator, tied, projection):
     generator = make_generator(tied=tied)
     before = generator.fingerprint()
-    with pytest.raises(ColfolioError, match=r"lora\.projection is .*; set it to .*'frozen'"):
+    with pytest.raises(ColfolioError, match=r"projection: is .*; set it to .*'frozen'"):
         add_lora(generator, LoraSettings(rank=2, projection=projection), seed=0)
     assert generator.fingerprint() == before
 
