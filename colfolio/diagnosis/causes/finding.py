@@ -41,7 +41,8 @@ class Finding:
         settings = ", ".join(f"{key}={value}" for key, value in self.change.items())
         beside = f" ({settings})" if settings else ""
         evidence = " ".join(self.evidence)
-        told = f"{self.title}. {evidence}{_BESIDE[self.sureness]} {self.action}{beside}."
+        doubt = "" if self.cause == HEALTHY else _BESIDE[self.sureness]
+        told = f"{self.title}. {evidence}{doubt} {self.action}{beside}."
         return told[0].upper() + told[1:]
 
 
