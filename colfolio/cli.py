@@ -38,14 +38,10 @@ Overrides = Annotated[
 ]
 
 
-def main() -> None:
-    """Run the command line and exit with its code."""
-    # oneDNN, and torch's way to it, keep what they made for 1,024 shapes: hundreds of MiB where
-    # every batch has shapes of its own; both read these at the first product
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+def run() -> None:
+    """Be the process of the command line: `main`, and the end of a rank if it is one."""
     try:
-        _run()
+        main()
     except SystemExit as end:
         if "colfolio.distributed" in sys.modules:  # else this process trained nothing
             from colfolio.distributed import end_rank
@@ -54,9 +50,14 @@ def main() -> None:
         raise
 
 
-def _run() -> None:
+def main() -> None:
+    """Run the command line and exit with its code."""
     from colfolio.errors import ColfolioError
 
+    # oneDNN, and torch's way to it, keep what they made for 1,024 shapes: hundreds of MiB where
+    # every batch has shapes of its own; both read these at the first product
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
     try:
         app()
     except (ColfolioError, FloatingPointError) as error:
@@ -413,4 +414,4 @@ def _fail(message: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run()
