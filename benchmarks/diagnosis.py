@@ -24,8 +24,8 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -121,16 +121,8 @@ def jobs_of(seeds: Sequence[int], *, is_tuning: bool, only: Sequence[str] | None
 def done(jobs: Sequence[Job], folder: Path, processes: int) -> Iterator[Run]:
     """The runs, as they end."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        processes, context, torch.set_num_threads, (1,), max_tasks_per_child=_TASKS
-    ) as pool:
-        waiting = [pool.submit(run_job, job, folder) for job in jobs]
-        try:
-            for each in as_completed(waiting):
-                yield each.result()
-        except Exception:  # the others are not waited for
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with context.Pool(processes, torch.set_num_threads, (1,), maxtasksperchild=_TASKS) as pool:
+        yield from pool.imap_unordered(partial(run_job, folder=folder), jobs)
 
 
 def run_job(job: Job, folder: Path) -> Run:

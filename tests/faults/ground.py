@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,6 +34,12 @@ _OTHERS = {
     "pink": (230, 120, 170),
     "black": (10, 10, 10),
     "brown": (120, 70, 20),
+}
+_FAR = {
+    "white": (235, 235, 235),
+    "gold": (230, 190, 40),
+    "teal": (0, 128, 128),
+    "violet": (130, 60, 200),
 }
 _ELDER = 1000  # added to the seed of what was trained on before
 _BIAS = 30.0
@@ -181,8 +187,9 @@ class Ground:
             for number, (split, count) in enumerate((("train", 192), ("validation", 24))):
                 write_moving(folder, split, count, seed + number)
             return
-        own = seed + _ELDER if way == "elder" else seed
-        write_pictures(folder, self.size.look, own, way)
+        look = replace(self.size.look, colours=_FAR) if way == "far" else self.size.look
+        own = seed + _ELDER if way in ("elder", "far") else seed
+        write_pictures(folder, look, own, way)
 
     def _made(self, name: str, make: Callable[[Path], None]) -> Path:
         """A folder that appears when it is whole; several processes may want it."""
@@ -250,13 +257,18 @@ def _latin(ground: Ground, folder: Path, seed: int) -> None:
     base_from_shape(shape, tokenizer, seed).save_pretrained(folder)
 
 
-def _trained(ground: Ground, folder: Path, seed: int) -> None:
+def _trained(ground: Ground, folder: Path, seed: int, way: str = "elder") -> None:
     """Trained on other images, as a base that is published has been."""
-    recipe = ground.recipe(ground.data("elder", seed), ground.base("drawn", seed), seed, {})
+    recipe = ground.recipe(ground.data(way, seed), ground.base("drawn", seed), seed, {})
     run = folder.with_name(f"run-{folder.name}")
     ground.train(run, recipe | {"validation": {"split": None}})
     (run / "model").rename(folder)
     shutil.rmtree(run)
+
+
+def _far(ground: Ground, folder: Path, seed: int) -> None:
+    """Trained on images with other colours, named by other words."""
+    _trained(ground, folder, seed, "far")
 
 
 def _adapted(ground: Ground, folder: Path, seed: int) -> None:
@@ -293,6 +305,7 @@ _MAKERS: dict[str, Callable[[Ground, Path, int], None]] = {
     "biased": _biased,
     "latin": _latin,
     "trained": _trained,
+    "far": _far,
     "adapted": _adapted,
     "moved": _moved,
     "generator": _generator,

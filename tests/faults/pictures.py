@@ -85,10 +85,10 @@ def write_pictures(folder: Path, look: Look, seed: int, way: str) -> None:
 def _drawn(look: Look, generator: np.random.Generator) -> Splits:
     singles = [f"{colour} {form}" for colour in look.colours for form in _FORMS]
     triples = list(product(singles, repeat=3))
-    order = iter(generator.permutation(len(triples)).tolist())
+    order = generator.permutation(len(triples)).tolist()
     splits: Splits = {}
     for name, size in (("train", look.train), ("validation", look.validation)):
-        shapes = [triples[next(order)] for _ in range(size)]
+        shapes = [triples[order.pop()] for _ in range(size)]
         images = [_png(_image(names, look)) for names in shapes]
         texts = [", ".join(names) for names in shapes]
         splits[name] = Split(shapes, images, texts, list(range(size)), [[] for _ in shapes])
@@ -215,6 +215,7 @@ def _shared(split: Split, row: int, other: int) -> int:
 WAYS: dict[str, Way] = {
     "plain": _as_they_are,
     "elder": _as_they_are,  # what a base was trained on before
+    "far": _as_they_are,  # and one of another field
     "blank": _blank,
     "copied": _copied,
     "shifted": _shifted,

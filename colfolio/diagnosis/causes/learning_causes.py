@@ -126,7 +126,7 @@ def _is_warming(reading: Reading) -> bool:
 def few_candidates(reading: Reading) -> Finding | RuledOut | None:
     """A task too easy, or too noisy, to teach what a search asks for."""
     candidates, settled = reading.evidence.candidates, reading.settled
-    if candidates is None:
+    if candidates is None or settled.loss == "distillation":  # a teacher grades the few it scored
         return None
     if candidates >= FEW_CANDIDATES:
         return RuledOut("few_candidates", f"a query has {candidates:.0f} candidates")

@@ -29,10 +29,10 @@ RULES: tuple[Rule, ...] = (
     learning_causes.not_finite,
     model_causes.fresh_tensors,
     model_causes.adapter,
+    data_causes.truncated,  # what is cut off fits no positions either
     model_causes.positions,
     model_causes.template,
     model_causes.padding,
-    data_causes.truncated,
     data_causes.blank,
     score_causes.images_unseen,
     score_causes.queries_alike,
