@@ -12,6 +12,7 @@ from colfolio.diagnosis.causes.thresholds import (
     COPIES,
     GAP,
     LEAKED,
+    LEAST_DOCUMENTS,
     MANY_COPIES,
     OFTEN_TOGETHER,
     OVER_FITTED,
@@ -119,7 +120,7 @@ def leaked(reading: Reading) -> Finding | RuledOut | None:
 
 def shifted_labels(reading: Reading) -> Finding | RuledOut | None:
     """Labels that stand a few rows beside their documents."""
-    probes = reading.evidence.probes
+    probes = [each for each in reading.evidence.probes if each.documents >= LEAST_DOCUMENTS]
     if not probes:
         return None
     probe = max(probes, key=lambda each: each.shift_accuracy - each.accuracy)

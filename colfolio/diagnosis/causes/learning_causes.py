@@ -58,7 +58,7 @@ def rate_too_high(reading: Reading) -> Finding | RuledOut | None:
         return None
     part, update = max(reading.largest_updates.items(), key=lambda item: item[1])
     rate = reading.highest_rate
-    if update < MOST_UPDATE or level.way > LEARNT or reading.ranks_most:
+    if update < MOST_UPDATE or level.way > LEARNT or reading.ranks(RANKED):
         return RuledOut(
             "rate_too_high", f"a step changes {part} by {update:.1e} of its weights at most"
         )
@@ -173,7 +173,7 @@ def not_started(reading: Reading) -> Finding | RuledOut | None:
     level = reading.recent
     if level is None or level.chance <= 0:
         return None
-    if not reading.is_at_chance or reading.ranks_most:
+    if not reading.is_at_chance or reading.ranks(RANKED):
         return RuledOut("not_started", f"the loss has gone {level.way:.0%} of the way")
     if reading.has_collapsed:
         return RuledOut("not_started", "scores are gone")

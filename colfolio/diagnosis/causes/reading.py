@@ -10,7 +10,7 @@ from functools import cached_property
 from colfolio.diagnosis.causes.thresholds import (
     AT_CHANCE,
     GONE_SPREAD,
-    MOSTLY_RANKED,
+    RANKED,
     STARTED,
 )
 from colfolio.diagnosis.evidence import Evidence, ProbeSignals
@@ -91,16 +91,15 @@ class Reading:
     def is_poor(self) -> bool:
         """Whether the model has hardly learnt, judged by the last losses and by what it ranks."""
         is_high = self.is_at_chance or (self.recent is not None and self.recent.way < STARTED)
-        return is_high and not self.ranks_most
+        return is_high and not self.ranks(RANKED)
 
-    @cached_property
-    def ranks_most(self) -> bool:
-        """Whether most queries rank their answer first: of the probe's documents, or the batch's.
+    def ranks(self, share: float) -> bool:
+        """Whether so many queries rank their answer first: of the probe's documents, or a batch's.
 
         A loss that its temperature holds up says less than that.
         """
-        share = self.accuracy if self.last_probe is None else self.last_probe.accuracy
-        return share is not None and share >= MOSTLY_RANKED
+        found = self.accuracy if self.last_probe is None else self.last_probe.accuracy
+        return found is not None and found >= share
 
     @cached_property
     def is_falling(self) -> bool:

@@ -10,6 +10,8 @@ from colfolio.diagnosis.causes.thresholds import (
     LEARNT,
     MOSTLY_RANKED,
     NO_ROOM,
+    RANKED,
+    ROUGH,
     SAME_SCORES,
     SCORE_ERROR,
     STEEP_START,
@@ -60,7 +62,9 @@ def _mend_of_collapse(reading: Reading) -> tuple[str, dict[str, str]]:
     lower = None if settled.lr is None else f"{settled.lr / 3:.2g}"
     return (
         "Begin again from the base: a collapsed model gives no gradient back. A lower rate, a "
-        "longer warm-up or a higher temperature keeps it from collapsing",
+        "longer warm-up or a higher temperature keeps it from collapsing. If it collapses all the "
+        "same, read some queries beside their documents: where labels are wrong, or no image "
+        "answers its query, equal scores are the best there is",
         {} if lower is None else {"train.optimiser.lr": lower},
     )
 
@@ -124,8 +128,11 @@ def rounded_scores(reading: Reading) -> Finding | RuledOut | None:
     probe = reading.first_probe
     if probe is None:
         return None
+    # scores that hardly differ are rough beside their spread even in float32, but not beside 1
+    largest = max(map(abs, probe.edges)) or 1.0
+    error = probe.score_error * probe.spread / largest
     is_rough = probe.score_error > SCORE_ERROR and probe.distinct_scores < SAME_SCORES
-    if not is_rough:
+    if not is_rough or error < ROUGH:
         return RuledOut(
             "rounded_scores", f"scores are exact to {probe.score_error:.1g} of their spread"
         )
@@ -148,7 +155,7 @@ def steep_start(reading: Reading) -> Finding | RuledOut | None:
         return None
     temperature = reading.settled.temperature
     steepness, level = probe.spread / temperature, reading.recent
-    has_learnt = reading.ranks_most or (level is not None and level.way > LEARNT)
+    has_learnt = reading.ranks(RANKED) or (level is not None and level.way > LEARNT)
     if steepness < STEEP_START or probe.loss < 1.5 * probe.chance or has_learnt:
         return RuledOut(
             "temperature_too_low",
@@ -201,7 +208,9 @@ def high_floor(reading: Reading) -> Finding | RuledOut | None:
     if level is None or all(step.floor is None for step in reading.steps):
         return None
     share = level.floor / level.chance
-    is_ranking = reading.ranks_most or (accuracy is not None and accuracy >= MOSTLY_RANKED)
+    is_ranking = reading.ranks(MOSTLY_RANKED) or (
+        accuracy is not None and accuracy >= MOSTLY_RANKED
+    )
     is_untold = accuracy is None and share > UNTOLD_FLOOR
     if share < HIGH_FLOOR or not (
         is_ranking or level.way > LEARNT or is_untold or share >= NO_ROOM

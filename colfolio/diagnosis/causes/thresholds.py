@@ -37,8 +37,10 @@ FEW_CANDIDATES = 8
 RANKED = 0.8  # accuracy from which a model ranks well
 MOSTLY_RANKED = 0.5
 SHIFTED = 0.3
+LEAST_DOCUMENTS = 12  # of a probe, lest a shift is seen by chance
 CONTRADICTED = 1.25  # loss over chance before the first step
 SCORE_ERROR = 0.005  # over the spread
+ROUGH = 5e-5  # error over the largest score; float32 has 1e-7, fp16 5e-4, bf16 4e-3
 SAME_SCORES = 0.5  # share of scores that are distinct, below which they were rounded
 
 # validation
