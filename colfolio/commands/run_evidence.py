@@ -30,11 +30,12 @@ from colfolio.diagnosis.signals import FirstVectors, Probe, draw_probe, measure_
 from colfolio.diagnosis.signals.data_facts import SAMPLED
 from colfolio.diagnosis.signals.finite import find_fault
 from colfolio.diagnosis.signals.model_facts import can_reload, open_and_frozen, text_positions
-from colfolio.diagnosis.signals.trial_steps import add_gradient, drawn_batches
+from colfolio.diagnosis.signals.trial_steps import drawn_batches
 from colfolio.errors import ColfolioError
 from colfolio.models.retriever import Retriever
 from colfolio.training import AnyReport, TrainingState, newest_checkpoint
 from colfolio.training.checkpoint import MODEL_FOLDER
+from colfolio.training.retrieval_objective import batch_backward, teacher_of
 from colfolio.training.text_objective import text_backward, text_source
 
 PROBE_FILE = "probe.safetensors"
@@ -107,8 +108,7 @@ class RunEvidence:
 
     def _prepare(self, dataset: RetrievalDataset) -> None:
         settings = self._state.settings
-        is_taught = settings.loss.kind == "distillation"
-        self._teacher = TeacherScores(dataset) if is_taught else None
+        self._teacher = teacher_of(dataset, settings)
         self._picker = Picker(dataset, settings.batch, settings.seed, self._teacher)
         collator, relations = self._state.retriever.collator, self._picker.relations
         batch = draw_probe(dataset, collator, settings.batch, relations, self._teacher)
@@ -198,7 +198,7 @@ class RunEvidence:
             return
         batches = drawn_batches(state, dataset, self._position, count)
         for number, batch in enumerate(batches):
-            add_gradient(state, batch, state.step - 1, number, 1 / count)
+            batch_backward(state, batch, state.step - 1, number, 1 / count)
 
 
 def steps_between(probe_rows: int, rows: float, *, is_whole: bool) -> int:

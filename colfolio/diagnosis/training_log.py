@@ -40,12 +40,14 @@ class LoggedPart:
     Args:
         lr, lr_least: the highest and the lowest learning rate of its parameters; the lowest is None
             in the log of an older version.
+        dead: share of its gradient that is exactly 0; None in the log of an older version.
     """
 
     lr: float
     gradient_norm: float
     update_ratio: float
     lr_least: float | None = None
+    dead: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +196,8 @@ def _part(values: dict[str, Any]) -> LoggedPart:
         math.nan if values[name] is None else float(values[name])
         for name in ("lr", "gradient_norm", "update_ratio")
     )
-    return LoggedPart(lr, gradient, update, _number(values.get("lr_least")))
+    least, dead = (_number(values.get(name)) for name in ("lr_least", "dead"))
+    return LoggedPart(lr, gradient, update, least, dead)
 
 
 def _number(value: Any) -> float | None:

@@ -10,7 +10,6 @@ from dataclasses import fields
 from itertools import islice
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,13 +19,12 @@ from colfolio.data.contrastive import BatchSettings, BatchSource, DrawnBatch
 from colfolio.data.conversation_batches import ConversationSource
 from colfolio.data.conversations import ConversationDataset
 from colfolio.data.dataset import RetrievalDataset
-from colfolio.data.teacher import TeacherScores
-from colfolio.training.exact_batch import ExactBatch, Loss
 from colfolio.training.generation import TextSummary
-from colfolio.training.losses import ScoreSummary, check_masks, contrastive_loss, maxsim_range
+from colfolio.training.losses import ScoreSummary, check_masks
 from colfolio.training.opening import open_due_stages
 from colfolio.training.optim import check_scale, learning_rates, optimiser_step
 from colfolio.training.part_norms import PartNorms, trained_parts
+from colfolio.training.retrieval_objective import retrieval_backward, retrieval_source
 from colfolio.training.state import TrainingState, TrainSettings
 from colfolio.training.step_report import GenerationReport, StepReport
 from colfolio.training.text_objective import text_backward, text_source
@@ -54,17 +52,7 @@ def train(
     an_epoch = _batches_an_epoch(dataset, settings.batch)
     if isinstance(dataset, ConversationDataset):
         return _steps(state, text_source(state, dataset), an_epoch)
-    is_taught = settings.loss.kind == "distillation"
-    source = BatchSource(
-        dataset,
-        state.retriever.collator,
-        settings.batch,
-        settings.seed,
-        state.world,
-        TeacherScores(dataset) if is_taught else None,
-        with_digests=state.exact.cache is not None,
-    )
-    return _steps(state, source, an_epoch)
+    return _steps(state, retrieval_source(state, dataset), an_epoch)
 
 
 def check_epochs(settings: TrainSettings, dataset: RetrievalDataset | ConversationDataset) -> None:
@@ -129,7 +117,7 @@ def _gradient(
         batches = [each.batch for each in drawn]
         return text_backward(state, batches), state.settings.batch.rows * len(batches)
     batches = _of_all_ranks(state, source, drawn)
-    return _backward(state, batches), sum(len(batch.positives) for batch in batches)
+    return retrieval_backward(state, batches), sum(len(batch.positives) for batch in batches)
 
 
 def _of_all_ranks(
@@ -142,32 +130,6 @@ def _of_all_ranks(
         for batch in batches:
             check_masks(batch.positives, batch.ignored, batch.teacher)
     return batches
-
-
-def _backward(state: TrainingState, batches: list[ContrastiveBatch]) -> ScoreSummary:
-    """Add the mean gradient of some batches; what is drawn depends on (seed, step, batch)."""
-    assert isinstance(state.exact, ExactBatch)
-    summaries = []
-    for number, batch in enumerate(batches):
-        drawn = np.random.default_rng((state.settings.seed, 3, state.step, number))
-        seed = int(drawn.integers(2**63))
-        loss, share = _loss(state, batch), 1 / len(batches)
-        summaries.append(state.exact.backward(batch, loss, seed, share, state.scaler.scale))
-    return _mean(summaries)
-
-
-def _loss(state: TrainingState, batch: ContrastiveBatch) -> Loss:
-    """The configured loss of a batch's scores, those of all ranks."""
-    device, settings = state.retriever.device, state.settings.loss
-    masks = batch.positives.to(device), batch.ignored.to(device)
-    teacher = None if batch.teacher is None else batch.teacher.to(device)
-    lengths = state.world.gather_rows(batch.queries.lengths, "own")
-    reach = maxsim_range(lengths).to(device)
-
-    def loss(scores: Float[Tensor, "queries documents"]) -> ScoreSummary:
-        return contrastive_loss(scores, *masks, settings, teacher, reach)
-
-    return loss
 
 
 def _part_norms(state: TrainingState) -> PartNorms:
@@ -185,11 +147,6 @@ def _optimiser_step(
     settings = state.settings.optimiser
     norm = optimiser_step(state.model, state.optimiser, rates, settings, state.scaler)
     return torch.cat([norm[None], parts.after_step(before).flatten().to(norm)])
-
-
-def _mean(summaries: list[ScoreSummary]) -> ScoreSummary:
-    values = [[getattr(each, field.name) for each in summaries] for field in fields(ScoreSummary)]
-    return ScoreSummary(*(torch.stack(each).mean() for each in values))
 
 
 def _report(

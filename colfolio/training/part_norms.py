@@ -1,10 +1,11 @@
-"""What a step does to each part of the model: norm of its gradient, and size of its update.
+"""What a step does to each part of the model: its gradient's norm and zeros, its update's size.
 
 The size of an update is the norm of the change over the norm of the weights before it. Both are
 measured, on copies taken before the step, whatever the optimiser keeps and however it rounds. Of a
 part of up to a million weights all are copied; of a larger one every n-th, so that no second copy
 of the model is held. The norm over k sampled weights is that of all to a relative error of about
-1 / sqrt(k), a thousandth here, unless few of the weights change at all, as in an embedding.
+1 / sqrt(k), a thousandth here, unless few of the weights change at all, as in an embedding. Zeros
+of a gradient are counted at the same places.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ _MOST_SAMPLED = 2**20  # weights of a part
 
 @dataclass(frozen=True, slots=True)
 class BeforeStep:
-    """What is kept of each part until its step is done: norm of its gradient, and weights."""
+    """What is kept of each part until its step is done: its gradient's norm and zeros, weights."""
 
     gradients: list[Float[Tensor, ""]]
+    zeros: list[Float[Tensor, ""]]
     weights: list[Float[Tensor, " _sampled"]]
 
 
@@ -57,21 +59,26 @@ class PartNorms:
         """
         of_parts = list(self._parts.values())
         gradients = [_gradient_norm(parameters) / scale for parameters in of_parts]
-        return BeforeStep(gradients, list(map(_sampled, of_parts)))
+        zeros = list(map(_zeros, of_parts))
+        return BeforeStep(gradients, zeros, list(map(_sampled, of_parts)))
 
-    def after_step(self, before: BeforeStep) -> Float[Tensor, "parts 2"]:
-        """Norm of the gradient, and update ratio, of each part."""
-        norms = [
-            torch.stack([gradient, *_change(weights, _sampled(parameters))])
-            for gradient, weights, parameters in zip(
-                before.gradients, before.weights, self._parts.values(), strict=True
+    def after_step(self, before: BeforeStep) -> Float[Tensor, "parts 3"]:
+        """Norm of the gradient, update ratio, and share of the gradient that is 0, of each part."""
+        measured = [
+            torch.stack(
+                [gradient, *_change(weights, _sampled(parameters)), *_counts(zeros, weights)]
+            )
+            for gradient, zeros, weights, parameters in zip(
+                before.gradients, before.zeros, before.weights, self._parts.values(), strict=True
             )
         ]
-        of_ranks = self._partners.gather_rows(torch.stack(norms)[None], "own")
-        gradient, change, weight = torch.linalg.vector_norm(of_ranks, dim=0).unbind(dim=1)
-        return torch.stack([gradient, (change / weight).masked_fill(weight == 0, 0)], dim=1)
+        of_ranks = self._partners.gather_rows(torch.stack(measured)[None], "own")
+        gradient, change, weight = torch.linalg.vector_norm(of_ranks[..., :3], dim=0).unbind(dim=1)
+        zeros, counted = of_ranks[..., 3:].sum(dim=0).unbind(dim=1)
+        ratio = (change / weight).masked_fill(weight == 0, 0)
+        return torch.stack([gradient, ratio, zeros / counted], dim=1)
 
-    def reports(self, norms: Sequence[float], optimiser: Optimizer) -> dict[str, PartReport]:
+    def reports(self, numbers: Sequence[float], optimiser: Optimizer) -> dict[str, PartReport]:
         """The report of each part, from all numbers of `after_step` behind one another."""
         rates = {
             id(parameter): float(group["lr"])
@@ -85,9 +92,10 @@ class PartNorms:
                 update_ratio=ratio,
                 trains=sum(parameter.numel() for parameter in parameters),
                 lr_least=min(rates[id(parameter)] for parameter in parameters),
+                dead=dead,
             )
-            for (name, parameters), gradient, ratio in zip(
-                self._parts.items(), norms[::2], norms[1::2], strict=True
+            for (name, parameters), gradient, ratio, dead in zip(
+                self._parts.items(), numbers[::3], numbers[1::3], numbers[2::3], strict=True
             )
         }
 
@@ -110,13 +118,34 @@ def _gradient_norm(parameters: Sequence[nn.Parameter]) -> Float[Tensor, ""]:
     return nn.utils.get_total_norm(gradients)
 
 
+def _zeros(parameters: Sequence[nn.Parameter]) -> Float[Tensor, ""]:
+    """How many of the sampled places of this rank's share have a gradient of 0, or none."""
+    every = _stride(parameters)
+    zeros = torch.zeros((), device=parameters[0].device)
+    for parameter in parameters:
+        place = _own(parameter if parameter.grad is None else parameter.grad)
+        sampled = place.detach().flatten()[::every]
+        zeros += sampled.numel() if parameter.grad is None else (sampled == 0).sum()
+    return zeros
+
+
+def _counts(zeros: Float[Tensor, ""], weights: Float[Tensor, " sampled"]) -> list[Tensor]:
+    """Zeros, and the places that they were counted at."""
+    return [zeros, torch.full_like(zeros, weights.numel())]
+
+
 def _sampled(parameters: Sequence[nn.Parameter]) -> Float[Tensor, " sampled"]:
     """A copy of every n-th weight of this rank's share."""
-    size = sum(parameter.numel() for parameter in parameters)
-    # odd, lest rows of even length always give the same columns
-    every = 1 if size <= _MOST_SAMPLED else -(-size // _MOST_SAMPLED) | 1
+    every = _stride(parameters)
     rows = [_own(parameter.detach()).flatten()[::every] for parameter in parameters]
     return torch.cat(rows)
+
+
+def _stride(parameters: Sequence[nn.Parameter]) -> int:
+    """Every how many of a part's weights are sampled."""
+    size = sum(parameter.numel() for parameter in parameters)
+    # odd, lest rows of even length always give the same columns
+    return 1 if size <= _MOST_SAMPLED else -(-size // _MOST_SAMPLED) | 1
 
 
 def _change(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

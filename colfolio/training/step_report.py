@@ -15,6 +15,8 @@ class PartReport:
         update_ratio: norm of the change of its weights over the norm of those weights.
         trains: number of parameters.
         lr_least: the lowest learning rate of its parameters.
+        dead: share of its gradient that is exactly 0; of an embedding most is, for a batch has few
+            of the tokens.
     """
 
     lr: float
@@ -22,6 +24,7 @@ class PartReport:
     update_ratio: float
     trains: int
     lr_least: float
+    dead: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

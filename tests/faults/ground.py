@@ -162,8 +162,8 @@ class Ground:
         path = out.with_name(f"{out.name}.yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(dict(recipe) | {"out": str(out)}), encoding="utf-8")
-        page = patch("colfolio.commands.train.write_run_report")
-        examples = patch("colfolio.commands.train.examples_of")
+        page = patch("colfolio.commands.run_steps.write_run_report")
+        examples = patch("colfolio.commands.run_steps.examples_of")
         with _quietly(), page, examples:
             code = train_command(path, ranks=ranks, unchecked=True)
         assert code == 0, f"{out}: exit code {code}"

@@ -16,7 +16,6 @@ from colfolio.diagnosis.preflight.trial import (
     Trial,
     as_found,
     encoded,
-    loss_of,
     scores_of,
     settled,
 )
@@ -27,6 +26,7 @@ from colfolio.models.retriever import Retriever
 from colfolio.training import save_model
 from colfolio.training.exact_batch import ExactBatch, MemorySettings
 from colfolio.training.graph_budget import GraphBudget
+from colfolio.training.retrieval_objective import batch_loss
 
 ALONE, CHUNKS, SAVED, HALF = (
     "a row does not depend on its batch",
@@ -71,10 +71,10 @@ def chunks_alike(trial: Trial) -> Check:
         scores = maxsim(
             *(model(side.to(model.device)) for side in (batch.queries, batch.documents))
         )
-        loss_of(trial, batch)(scores).loss.backward()
+        batch_loss(trial.state, batch)(scores).loss.backward()
         plain = _gradients(model)
         settings = MemorySettings(chunk_tokens=1, activation_mb=_megabytes_of_a_row(model, batch))
-        ExactBatch(model, settings, "fp32").backward(batch, loss_of(trial, batch), seed=0)
+        ExactBatch(model, settings, "fp32").backward(batch, batch_loss(trial.state, batch), seed=0)
         apart = {name: (tensor - plain[name]).norm() for name, tensor in _gradients(model).items()}
     norm = torch.stack([tensor.norm() for tensor in plain.values()]).norm()
     share = float(torch.stack(list(apart.values())).norm() / norm)

@@ -12,7 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from colfolio.diagnosis.causes.thresholds import STEEP_START
 from colfolio.diagnosis.preflight.check import Check
 from colfolio.diagnosis.preflight.steps import MOST_STEPS, WAY, Descent, Steps
-from colfolio.diagnosis.preflight.trial import Trial, as_found, loss_of, scores_of, settled
+from colfolio.diagnosis.preflight.trial import Trial, as_found, scores_of, settled
 from colfolio.diagnosis.signals.finite import find_fault
 from colfolio.distributed import whole
 from colfolio.models.contract import hash_weights
@@ -20,6 +20,7 @@ from colfolio.models.parts import inventory
 from colfolio.models.retriever import Retriever
 from colfolio.models.weights import listed
 from colfolio.training.optim import build_scaler
+from colfolio.training.retrieval_objective import batch_loss
 
 START, GRADIENT, FROZEN, ONE_BATCH = (
     "loss at the start",
@@ -43,7 +44,7 @@ def can_retrieve(model: Retriever) -> bool:
 def start_of_loss(trial: Trial) -> Check:
     """Before step 1 a model that never trained guesses, and one that did does better."""
     with torch.no_grad():
-        summary = loss_of(trial, trial.batch)(scores_of(trial))
+        summary = batch_loss(trial.state, trial.batch)(scores_of(trial))
     loss, chance, spread = (float(each) for each in (summary.loss, summary.chance, summary.spread))
     told = f"{loss:.3f} nats, chance {chance:.3f} ({float(summary.candidates):.0f} candidates)"
     if can_retrieve(trial.retriever):
@@ -167,7 +168,7 @@ def one_batch_by_heart(trial: Trial) -> Check:
 def _gradient_norms(trial: Trial, scaler: GradScaler) -> dict[str, float]:
     """Of each tensor that trains, after one backward of the batch; the gradients stay."""
     state, model = trial.state, trial.retriever
-    loss = loss_of(trial, trial.batch)
+    loss = batch_loss(trial.state, trial.batch)
     trial.exact.backward(trial.batch, loss, seed=0, scale=scaler.scale)
     state.world.sum_gradients(model.parameters())
     named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]

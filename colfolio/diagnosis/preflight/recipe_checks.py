@@ -15,9 +15,10 @@ from colfolio.diagnosis.preflight import equality_checks as equality
 from colfolio.diagnosis.preflight import input_checks as inputs
 from colfolio.diagnosis.preflight import learning_checks as learning
 from colfolio.diagnosis.preflight.check import Asked, Check, run_checks, timed
-from colfolio.diagnosis.preflight.trial import Trial, make_trial, teacher_of
+from colfolio.diagnosis.preflight.trial import Trial, make_trial
 from colfolio.diagnosis.signals import measure_data
 from colfolio.training import TrainingState
+from colfolio.training.retrieval_objective import teacher_of
 
 
 def check_run(
@@ -43,7 +44,7 @@ def check_run(
     @functools.cache
     def facts() -> DataFacts:
         collator, settings = state.retriever.collator, state.settings
-        picker = Picker(dataset, settings.batch, settings.seed, teacher_of(state, dataset))
+        picker = Picker(dataset, settings.batch, settings.seed, teacher_of(dataset, settings))
         return measure_data(dataset, collator, settings.batch, picker, trial.rows, held_out)
 
     asked = _cheap(trial, count, base) | {

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from colfolio.diagnosis.preflight.trial import Trial, loss_of, settled
+from colfolio.diagnosis.preflight.trial import Trial, settled
 from colfolio.training.losses import ScoreSummary
 from colfolio.training.optim import build_optimiser, build_scaler, optimiser_step
+from colfolio.training.retrieval_objective import batch_loss
 
 MOST_STEPS = 40
 WAY = 0.5  # from chance to floor
@@ -57,5 +58,5 @@ class Steps:
     def gradient(self, seed: int) -> ScoreSummary:
         """Add the gradient of the batch."""
         trial = self._trial
-        loss = loss_of(trial, trial.batch)
+        loss = batch_loss(trial.state, trial.batch)
         return trial.exact.backward(trial.batch, loss, seed, scale=self.scaler.scale)

@@ -16,18 +16,16 @@ from torch import Tensor
 
 from colfolio.batch import ContrastiveBatch, MultiVectors, Packed
 from colfolio.data.collate import Collator, Pixels
-from colfolio.data.contrastive import BatchSource
 from colfolio.data.dataset import RetrievalDataset
 from colfolio.data.sampler import SamplerPosition, draws
-from colfolio.data.teacher import TeacherScores
 from colfolio.diagnosis.signals import Probe, ProbeBatch
 from colfolio.errors import DatasetError, DocumentError
 from colfolio.maxsim import maxsim
 from colfolio.models.precision import Precision, SettledPrecision
 from colfolio.models.retriever import Retriever
 from colfolio.training import TrainingState
-from colfolio.training.exact_batch import ExactBatch, Loss
-from colfolio.training.losses import ScoreSummary, contrastive_loss, maxsim_range
+from colfolio.training.exact_batch import ExactBatch
+from colfolio.training.retrieval_objective import retrieval_source
 
 MOST_ROWS = 16
 _MOST_PAGES = 4
@@ -84,20 +82,6 @@ def paired_rows(collator: Collator, pages: Sequence[Pixels], texts: Sequence[str
     return ProbeBatch(*inputs, own, torch.zeros_like(own), own, number, number, tuple(texts))
 
 
-def loss_of(trial: Trial, batch: ContrastiveBatch) -> Loss:
-    """The recipe's loss of the scores of a batch, those of all ranks."""
-    device, settings = trial.retriever.device, trial.state.settings.loss
-    masks = batch.positives.to(device), batch.ignored.to(device)
-    teacher = None if batch.teacher is None else batch.teacher.to(device)
-    lengths = trial.state.world.gather_rows(batch.queries.lengths, "own")
-    reach = maxsim_range(lengths).to(device)
-
-    def loss(scores: Float[Tensor, "queries documents"]) -> ScoreSummary:
-        return contrastive_loss(scores, *masks, settings, teacher, reach)
-
-    return loss
-
-
 def settled(trial: Trial) -> SettledPrecision:
     """The precision that the run computes in."""
     precision = trial.state.settings.precision
@@ -148,11 +132,6 @@ def as_found(trial: Trial) -> Iterator[dict[str, Tensor]]:
         model.contract = contract
 
 
-def teacher_of(state: TrainingState, dataset: RetrievalDataset) -> TeacherScores | None:
-    """What a run follows, if its loss is distillation."""
-    return TeacherScores(dataset) if state.settings.loss.kind == "distillation" else None
-
-
 def _rows(state: TrainingState, dataset: RetrievalDataset) -> ProbeBatch:
     """The first queries of a run whose images can be read."""
     settings, corpus = state.settings, dataset.corpus
@@ -187,9 +166,8 @@ def _batches(
     state: TrainingState, dataset: RetrievalDataset, rows: int
 ) -> Iterator[ContrastiveBatch]:
     """Batches of so many rows, this rank's share of each with the masks of all."""
-    settings = state.settings.batch.model_copy(update={"rows": rows, "candidates": None})
-    collator, seed, world = state.retriever.collator, state.settings.seed, state.world
-    source = BatchSource(dataset, collator, settings, seed, world, teacher_of(state, dataset))
+    world = state.world
+    source = retrieval_source(state, dataset, rows, uses_features=False)
     drawn = source.batches(_START)
     while True:
         with world.together():

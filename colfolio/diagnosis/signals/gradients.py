@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from colfolio.batch import ContrastiveBatch
-from colfolio.diagnosis.signals.trial_steps import add_gradient, copied_state
+from colfolio.diagnosis.signals.trial_steps import copied_state
 from colfolio.models.projected import ProjectedBackbone
 from colfolio.models.retriever import Retriever
 from colfolio.training import TrainSettings
 from colfolio.training.part_norms import trained_parts
+from colfolio.training.retrieval_objective import batch_backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def gradient_signals(
     squares: list[float] = []
     parts: dict[str, PartGradient] = {}
     for number, batch in enumerate(batches):
-        add_gradient(state, batch, step=0, number=number)
+        batch_backward(state, batch, step=0, number=number)
         parts = parts or part_gradients(state.model)
         gradients = {
             name: weight.grad

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from colfolio.batch import ContrastiveBatch
-from colfolio.diagnosis.signals.trial_steps import add_gradient, copied_state
+from colfolio.diagnosis.signals.trial_steps import copied_state
 from colfolio.models.retriever import Retriever
 from colfolio.training import TrainSettings
 from colfolio.training.optim import optimiser_step
+from colfolio.training.retrieval_objective import batch_backward
 
 _SMOOTHING = 0.5  # the weight of what went before in a running mean
 
@@ -61,7 +62,7 @@ def rate_range(
     state = copied_state(retriever, settings)
     rates, losses = [], []
     for step in range(steps):
-        summary = add_gradient(state, batches[step % len(batches)], step)
+        summary = batch_backward(state, batches[step % len(batches)], step)
         loss, chance = float(summary.loss.detach()), float(summary.chance)
         rates.append(low * (high / low) ** (step / (steps - 1)))
         losses.append(loss)

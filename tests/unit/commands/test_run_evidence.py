@@ -21,7 +21,7 @@ def run(tmp_path):
 
 @pytest.fixture(autouse=True)
 def without_report(monkeypatch):
-    monkeypatch.setattr("colfolio.commands.train.write_run_report", lambda *_: None)
+    monkeypatch.setattr("colfolio.commands.run_steps.write_run_report", lambda *_: None)
 
 
 def log_of(run):

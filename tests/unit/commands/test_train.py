@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-from colfolio.commands import splits
+from colfolio.commands import run_steps, splits
 from colfolio.commands import train as train_module
 from colfolio.commands.run_folder import RunFolder, recipe_of
 from colfolio.commands.train import resume_command, train_command
@@ -193,7 +193,7 @@ def test_ctrl_c_is_as_before_once_training_is_over(write_recipe):
 
 
 def test_a_second_ctrl_c_stops_at_once():
-    with train_module._stop_after_step() as asked:
+    with run_steps._stop_after_step() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         assert asked
         with pytest.raises(KeyboardInterrupt):
@@ -258,14 +258,14 @@ def test_a_recipe_changed_in_the_run_folder_is_refused(write_recipe, run):
 def test_a_disk_that_fills_up_loses_no_finished_checkpoint(
     write_recipe, unbroken, run, monkeypatch
 ):
-    write = train_module.save_checkpoint
+    write = run_steps.save_checkpoint
 
     def fill(state, *arguments):
         if state.step == 4:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(state, *arguments)
 
-    monkeypatch.setattr(train_module, "save_checkpoint", fill)
+    monkeypatch.setattr(run_steps, "save_checkpoint", fill)
     with pytest.raises(OSError, match="No space left"):
         train_command(write_recipe())
     monkeypatch.undo()
@@ -315,7 +315,7 @@ def test_a_run_killed_before_its_first_step_keeps_its_base(
     base = tmp_path / "base-of-the-day"
     shutil.copytree(base_folder, base)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_run", lambda *_: None)
+        patch.setattr(train_module, "run_steps", lambda *_: None)
         train_command(write_recipe(model=str(base)))
     make_retriever(seed=9).save_pretrained(base)
     resume_command(run)
@@ -387,11 +387,11 @@ def test_another_kernel_is_noted_in_the_log_of_a_run_that_goes_on(write_recipe, 
 
 
 def test_a_disk_that_takes_no_features_is_told(capsys, tmp_path):
-    assert not train_module._say_fault(None)
+    assert not run_steps._say_fault(None)
     cache = FeatureCache(FeatureCacheSettings(disk_mb=1.0), tmp_path / "features")
-    assert not train_module._say_fault(cache)
+    assert not run_steps._say_fault(cache)
     cache._files.fault = "/there: no room"
-    assert train_module._say_fault(cache)
+    assert run_steps._say_fault(cache)
     assert capsys.readouterr().out.count("no room") == 1
 
 

@@ -129,17 +129,17 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(
 ):
     assert colfolio("train", write_generation(out="unbroken", train=policy.items()))[0] == 0
     path = write_generation(train=policy.items())
-    from colfolio.commands import train as train_module
+    from colfolio.commands import run_steps
 
-    real, calls = train_module.validate, []
+    real, calls = run_steps.validate, []
 
     def stop(*arguments):
         calls.append(1)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module, "validate", stop)
+    monkeypatch.setattr(run_steps, "validate", stop)
     assert colfolio("train", path)[0] == 130
-    monkeypatch.setattr(train_module, "validate", real)
+    monkeypatch.setattr(run_steps, "validate", real)
     code, printed, errors = colfolio("train", "--resume", tmp_path / "run")
     assert code == 0, errors
     assert "goes on after step 2" in printed

@@ -4,9 +4,10 @@ from itertools import islice
 import pytest
 import torch
 
+from colfolio.data.contrastive import BatchSource
 from colfolio.data.dataset import load_dataset
 from colfolio.errors import DatasetError, RecipeError
-from colfolio.training import loop, start_training, train
+from colfolio.training import loop, retrieval_objective, start_training, train
 from colfolio.training.exact_batch import MemorySettings
 from colfolio.training.feature_cache import FeatureCacheSettings
 from colfolio.training.losses import LossSettings
@@ -58,7 +59,7 @@ def test_dropout_differs_from_step_to_step(
 ):
     # only dropout can change the loss
     monkeypatch.setattr(loop, "learning_rates", lambda made, *_: [0.0] * len(made.param_groups))
-    monkeypatch.setattr(loop, "BatchSource", OneBatch)
+    monkeypatch.setattr(retrieval_objective, "BatchSource", OneBatch)
     with_dropout()
     dropping = make_retriever()
     losses = [report.loss for report in train(start_training(dropping, settings), shapes)]
@@ -67,7 +68,7 @@ def test_dropout_differs_from_step_to_step(
     assert len(set(plain)) == 1
 
 
-class OneBatch(loop.BatchSource):
+class OneBatch(BatchSource):
     def batches(self, position):
         drawn = next(super().batches(position))
         while True:

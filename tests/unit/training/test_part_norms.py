@@ -56,6 +56,8 @@ def check_reports(state, reports):
             ratio = change / plain_norm([weights[name] for name in names])
             assert numbers.update_ratio == pytest.approx(ratio, rel=1e-5)
             assert numbers.lr == numbers.lr_least == report.lr
+            alive = sum(int(gradient.count_nonzero()) for gradient in mine)
+            assert numbers.dead == pytest.approx(1 - alive / numbers.trains, abs=1e-6)
 
 
 def test_a_report_has_gradient_norm_update_ratio_and_rate_of_each_part(watched):
@@ -109,7 +111,7 @@ def test_a_step_that_is_skipped_changes_nothing(make_retriever, shapes, settings
 
 def test_measuring_never_changes_a_weight(trained, settings, monkeypatch):
     measured, _ = trained(settings)
-    nothing = torch.zeros(0, 2)
+    nothing = torch.zeros(0, 3)
     monkeypatch.setattr(PartNorms, "before_step", lambda *_: None)
     monkeypatch.setattr(PartNorms, "after_step", lambda *_: nothing)
     monkeypatch.setattr(PartNorms, "reports", lambda *_: {})
@@ -141,7 +143,18 @@ def test_of_a_large_part_a_sample_says_the_ratio_of_all(monkeypatch):
 
 def test_a_part_without_gradients_or_of_zeros_has_numbers_all_the_same():
     parts = PartNorms({"projection": [nn.Parameter(torch.zeros(3, 2))]})
-    assert parts.after_step(parts.before_step(ONE)).tolist() == [[0.0, 0.0]]
+    assert parts.after_step(parts.before_step(ONE)).tolist() == [[0.0, 0.0, 1.0]]
+
+
+def test_the_dead_share_counts_what_has_no_gradient_also_in_a_sample(monkeypatch):
+    weights = [nn.Parameter(torch.ones(400, 10)) for _ in range(2)]
+    weights[0].grad = torch.ones(400, 10)
+    weights[0].grad[:100] = 0
+    for most in (2**20, 1000):
+        monkeypatch.setattr(part_norms, "_MOST_SAMPLED", most)
+        parts = PartNorms({"layers": weights})
+        dead = parts.after_step(parts.before_step(ONE))[0, 2].item()
+        assert dead == pytest.approx((1000 + 4000) / 8000, abs=0.01)
 
 
 def test_a_part_has_the_highest_rate_of_its_parameters():
@@ -149,8 +162,9 @@ def test_a_part_has_the_highest_rate_of_its_parameters():
     optimiser = torch.optim.AdamW(
         [{"params": [low], "lr": 0.1}, {"params": [high], "lr": torch.tensor(0.5)}]
     )
-    (report,) = PartNorms({"layers": [low, high]}).reports([1.0, 2.0], optimiser).values()
+    (report,) = PartNorms({"layers": [low, high]}).reports([1.0, 2.0, 0.25], optimiser).values()
     assert (report.lr, report.gradient_norm, report.update_ratio, report.trains) == (0.5, 1, 2, 5)
+    assert report.dead == 0.25
 
 
 def test_parts_follow_what_trains_now(retriever):

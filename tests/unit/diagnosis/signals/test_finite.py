@@ -6,8 +6,9 @@ from torch import nn
 
 from colfolio.data.sampler import SamplerPosition
 from colfolio.diagnosis.signals.finite import find_fault, gradient_fault, watching
-from colfolio.diagnosis.signals.trial_steps import add_gradient, drawn_batches
+from colfolio.diagnosis.signals.trial_steps import drawn_batches
 from colfolio.training import TrainSettings, start_training
+from colfolio.training.retrieval_objective import batch_backward
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def search(shapes):
 
         def run_again():
             for batch in drawn_batches(state, shapes, SamplerPosition(), 1):
-                add_gradient(state, batch, step=0)
+                batch_backward(state, batch, step=0)
 
         found = find_fault(state.model, run_again)
         assert all(parameter.grad is None for parameter in state.model.parameters())

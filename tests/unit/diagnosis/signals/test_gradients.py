@@ -9,8 +9,9 @@ import torch
 from colfolio.data.sampler import SamplerPosition
 from colfolio.diagnosis.signals.gradients import gradient_signals, noise_scale, part_gradients
 from colfolio.diagnosis.signals.rate_range import highest_falling, rate_range
-from colfolio.diagnosis.signals.trial_steps import add_gradient, copied_state, drawn_batches
+from colfolio.diagnosis.signals.trial_steps import copied_state, drawn_batches
 from colfolio.training import TrainSettings, start_training, train
+from colfolio.training.retrieval_objective import batch_backward
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_the_model_that_is_given_stays_as_it_is(make_retriever, settings, batche
 
 def test_numbers_without_gradient_are_dead(make_retriever, settings, batches):
     state = copied_state(make_retriever(), settings)
-    add_gradient(state, batches[0], step=0)
+    batch_backward(state, batches[0], step=0)
     model = state.retriever
     model.projection.weight.grad[:4] = 0
     model.projection.bias.grad = None
