@@ -193,6 +193,9 @@ def check(
         str | None,
         typer.Option(help="Folder or hub id of any library's model, in place of a recipe."),
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Say too what rate and batch the gradients ask for.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU if unset.")] = None,
 ) -> None:
     """Ask of a recipe, or of a model, what a run would stumble over; exit 1 if a check fails."""
@@ -201,9 +204,11 @@ def check(
     if (recipe is None) == (model is None):
         raise typer.BadParameter("give a recipe, or --model with a folder or hub id")
     if recipe is not None:
-        passed = check_command(Path(recipe), overrides or [], device=device)
+        passed = check_command(Path(recipe), overrides or [], device=device, measure=measure)
     else:
         assert model is not None
+        if measure:
+            raise typer.BadParameter("--measure asks of a recipe's batches: give one")
         passed = check_model_command(model, device=device)
     if not passed:
         raise typer.Exit(1)

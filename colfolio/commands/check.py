@@ -19,7 +19,14 @@ from colfolio.config import load_settings, naming_lines
 from colfolio.data.conversations import ConversationDataset
 from colfolio.data.dataset import RetrievalDataset
 from colfolio.diagnosis import Ledger, TextLedger, check_reachable
-from colfolio.diagnosis.preflight import Check, check_first, check_model, check_run, failures
+from colfolio.diagnosis.preflight import (
+    Check,
+    check_first,
+    check_model,
+    check_run,
+    failures,
+    measure_run,
+)
 from colfolio.errors import ColfolioError, RecipeError
 from colfolio.models.retriever import Retriever
 from colfolio.training import TrainingState, start_training
@@ -27,9 +34,16 @@ from colfolio.training.opening import open_due_stages
 
 
 def check_command(
-    recipe_path: Path, overrides: Sequence[str] = (), *, device: str | None = None
+    recipe_path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    device: str | None = None,
+    measure: bool = False,
 ) -> bool:
     """Print a line for each check of a recipe; whether all passed. No folder is made.
+
+    Args:
+        measure: once all have passed, say too what gradients ask for, on copies of the model.
 
     Raises:
         ColfolioError: the recipe, the base or the dataset cannot be honoured.
@@ -44,7 +58,10 @@ def check_command(
     check_reachable(recipe.train, 1)
     with naming_lines(recipe_path, "train", overrides), tempfile.TemporaryDirectory() as features:
         check_policy(recipe)
-        return say_checks(_checks(recipe, device, Path(features)))
+        passed = say_checks(_checks(recipe, device, Path(features)))
+        if passed and measure:
+            _say_measured(recipe, device)
+        return passed
 
 
 def check_model_command(model: str, *, device: str | None = None) -> bool:
@@ -132,6 +149,12 @@ def _checks(recipe: TrainRecipe, device: str | None, features: Path) -> Iterable
     return check_run(
         state, _retrieval(splits.train), held_out, partial(_ledger, state, splits), base
     )
+
+
+def _say_measured(recipe: TrainRecipe, device: str | None) -> None:
+    model = Retriever.from_pretrained(recipe.model, device=device)
+    for each in measure_run(model, recipe.train, _retrieval(load_splits(recipe).train)):
+        console().print(f"measured  {each.name}: {each.told}", markup=False)
 
 
 def _ledger(state: TrainingState, splits: Splits) -> Ledger:

@@ -10,7 +10,7 @@ from colfolio.errors import ColfolioError
 
 # Scripts of users depend on these: add with thought, change nothing.
 COMMANDS = {
-    "check": {"recipe", "overrides", "--model", "--device"},
+    "check": {"recipe", "overrides", "--model", "--measure", "--device"},
     "demo": {"--out", "--seed", "--steps"},
     "diagnose": {"source", "--loss", "--batch", "--temperature", "--json"},
     "evaluate": {

@@ -45,9 +45,9 @@ def rate_range(
 
     Args:
         retriever: as it was loaded; it stays as it is.
-        settings: of the run; its own rate and schedule have no part in it.
+        settings: of the run; its schedule has no part in it, and its rates only by their ratios.
         batches: taken in turn.
-        low, high: the first and the last rate.
+        low, high: the first and the last rate, of what has the highest.
         steps: from the one to the other.
 
     Raises:
@@ -60,15 +60,19 @@ def rate_range(
             f"{len(batches)} batches, {steps} steps, low {low} and high {high}"
         )
     state = copied_state(retriever, settings)
+    own = [group.base_lr * group.depth_factor for group in state.groups]
+    shares = [rate / max(own) for rate in own]
     rates, losses = [], []
     for step in range(steps):
-        summary = batch_backward(state, batches[step % len(batches)], step)
+        batch = batches[step % len(batches)]
+        summary = batch_backward(state, batch, step, scale=state.scaler.scale)
         loss, chance = float(summary.loss.detach()), float(summary.chance)
         rates.append(low * (high / low) ** (step / (steps - 1)))
         losses.append(loss)
         if not math.isfinite(loss) or loss > losses[0] + chance:
             break
-        optimiser_step(state.model, state.optimiser, rates[-1], settings.optimiser, state.scaler)
+        each = [rates[-1] * share for share in shares]
+        optimiser_step(state.model, state.optimiser, each, settings.optimiser, state.scaler)
     return RateRange(tuple(rates), tuple(losses), highest_falling(rates, losses))
 
 

@@ -11,13 +11,19 @@ from colfolio.data.dataset import RetrievalDataset
 from colfolio.data.sampler import SamplerPosition
 from colfolio.models.retriever import Retriever
 from colfolio.training import TrainingState, TrainSettings, start_training
+from colfolio.training.opening import open_due_stages
 from colfolio.training.retrieval_objective import retrieval_source
 
 
 def copied_state(retriever: Retriever, settings: TrainSettings) -> TrainingState:
-    """A run's state before its first step, of a copy of a model as it was loaded."""
+    """A run's state before its first step, of a copy of a model as it was loaded.
+
+    Stages that open with that step are open.
+    """
     plain = settings.model_copy(update={"parallel": "ddp"})
-    return start_training(copy.deepcopy(retriever), plain)
+    state = start_training(copy.deepcopy(retriever), plain)
+    open_due_stages(state, 0.0)
+    return state
 
 
 def drawn_batches(

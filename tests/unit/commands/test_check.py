@@ -34,6 +34,19 @@ def test_a_failed_check_exits_with_1_and_names_its_cause(write_recipe, colfolio)
     assert "1 failed" in out.splitlines()[-1]
 
 
+def test_a_recipe_that_passes_is_measured_if_asked(write_recipe, colfolio, refused, tmp_path):
+    code, out, _ = colfolio("check", write_recipe(), "--measure")
+    assert code == 0
+    measured = [line for line in out.splitlines() if line.startswith("measured  ")]
+    assert [line.split(": ")[0][10:] for line in measured] == ["gradient", "batch", "rates"]
+    code, out, _ = colfolio("check", write_recipe(), "--measure", "train.loss.temperature=0.001")
+    assert code == 1
+    assert "measured" not in out
+    code, _, errors = colfolio("check", "--model", tmp_path, "--measure")
+    assert code == 2
+    assert "--measure" in errors
+
+
 def test_a_model_is_checked_and_exits_with_1_where_it_fails(make_retriever, tmp_path, colfolio):
     make_retriever(dim=128).save_pretrained(tmp_path / "base")
     code, out, _ = colfolio("check", "--model", tmp_path / "base")
