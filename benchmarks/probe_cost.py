@@ -1,13 +1,13 @@
-"""What the probe of a run costs, on the demo's model and data: its share of the time of all steps.
+"""What looking costs a run: share of the time of its steps that measuring and diagnosing take.
 
-    python benchmarks/probe_cost.py DEMO_FOLDER [--threads 2] [--repeats 15] [--quick]
+    python benchmarks/probe_cost.py DEMO_FOLDER [--threads 2] [--quick]
 
 The folder is one that `colfolio demo` has made: its base and its strips are used, nothing in it is
-changed. For each batch size, steps of the demo's recipe and measurements of the probe are taken in
-turn, in one process, so that other work on the machine meets both alike. A run measures the probe
-every so many steps; the share is the median time of a measurement over that of so many steps. What
-a run measures once, before its first step, is timed beside it. Writes
-`benchmarks/results/probe_cost.json`.
+changed. Trains by the real command, with the demo's recipe and changes to it, and times inside of
+the run: each step, each measurement of the probe with its line in the log, each look of the
+diagnosis at the log, and what is checked and measured once before the first step. Steps and
+measurements come in turn, so that other work on the machine meets both alike. The share is that of
+medians times counts. Writes `benchmarks/results/probe_cost.json`.
 """
 
 from __future__ import annotations
@@ -15,50 +15,67 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
+from unittest.mock import patch
 
-import torch
 from demo import commit, machine
 
-from colfolio.commands.run_evidence import steps_between
-from colfolio.commands.run_folder import TrainRecipe
-from colfolio.config import load_settings
-from colfolio.data.dataset import RetrievalDataset, load_dataset
-from colfolio.data.picks import Picker
-from colfolio.diagnosis.signals import Probe, draw_probe, measure_data, measure_model
-from colfolio.models import Retriever
-from colfolio.training import TrainingState, TrainSettings, start_training, train
+from colfolio.commands import train as train_module
+from colfolio.commands.run_evidence import RunEvidence
+from colfolio.commands.run_log import RunLog
+from colfolio.commands.train import train_command
+from colfolio.diagnosis.plateau import is_due
 
 RESULTS = Path(__file__).parent / "results" / "probe_cost.json"
 RECIPE = Path(__file__).parent.parent / "colfolio" / "demo" / "recipe.yaml"
-ROWS = (128, 8)
-_WARM = 2
-_Result = TypeVar("_Result")
+_WARM = 2  # steps and measurements that are left out
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A run: what of the demo's recipe is changed, and how many steps are taken."""
+
+    told: str
+    steps: int
+    changes: Sequence[str] = ()
+
+
+CASES = (
+    Case("128 rows", 300),
+    Case("8 rows", 1608, ["train.batch.rows=8", "train.batch.candidates=null"]),
+    Case(
+        "128 rows, vision tower frozen and its features kept",
+        300,
+        ["train.frozen=[vision]", "train.features.cache_mb=2048"],
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """One batch size.
+    """One case.
 
     Args:
-        probe_rows, probe_tokens: of the probe.
-        every: steps from one measurement to the next.
-        step_seconds, probe_seconds: medians.
+        step_seconds, probe_seconds, look_seconds: medians.
         step_spread, probe_spread: tenth and ninetieth percentile.
-        share: of the time of all steps that the probe takes.
-        begin_seconds: of what is measured once, the probe's inputs included.
+        share: of the time of all steps that probes and looks take.
+        begin_seconds: of what is checked and measured once, before the first step.
     """
 
-    rows: int
-    probe_rows: int
-    probe_tokens: int
-    every: int
+    told: str
+    steps: int
+    probes: int
+    looks: int
     step_seconds: float
     probe_seconds: float
+    look_seconds: float
     step_spread: tuple[float, float]
     probe_spread: tuple[float, float]
     share: float
@@ -67,81 +84,79 @@ class Cost:
 
 def main() -> None:
     options = parsed()
-    torch.set_num_threads(options.threads)
-    dataset = load_dataset(options.folder / "strips", "train")
-    held_out = load_dataset(options.folder / "strips", "validation")
     costs = []
-    for rows in ROWS:
-        state = fresh_state(options.folder / "base", rows, options)
-        costs.append(measured(state, dataset, held_out, options.repeats))
-        print(told(costs[-1]), flush=True)
-    about = {"machine": machine(), "commit": commit()}
-    about |= {"threads": options.threads, "repeats": options.repeats}
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as scratch:
+            costs.append(measured(case, options, Path(scratch)))
+        print(said(costs[-1]), flush=True)
+    about = {"machine": machine(), "commit": commit(), "threads": options.threads}
     if not options.quick:
         RESULTS.write_text(
             json.dumps(about | {"costs": [asdict(c) for c in costs]}, indent=2) + "\n"
         )
 
 
-def fresh_state(base: Path, rows: int, options: argparse.Namespace) -> TrainingState:
-    """The demo's state before its first step, with another batch size."""
-    recipe = load_settings(RECIPE, TrainRecipe)
-    changed = {"steps": 10_000, "threads": options.threads}
-    batch = recipe.train.batch.model_copy(update={"rows": rows})
-    settings: TrainSettings = recipe.train.model_copy(update=changed | {"batch": batch})
-    return start_training(Retriever.from_pretrained(base, device="cpu"), settings)
-
-
-def measured(
-    state: TrainingState, dataset: RetrievalDataset, held_out: RetrievalDataset, repeats: int
-) -> Cost:
-    """Steps and measurements in turn, and what is measured once."""
-    settings, retriever = state.settings, state.retriever
-    reports = train(state, dataset)
-    (probe, every), begin = timed(lambda: prepared(state, dataset, held_out))
-    steps, probes = [], []
-    for number in range(repeats + _WARM):
-        _, of_step = timed(lambda: next(reports))
-        _, of_probe = timed(
-            lambda: probe.measure(retriever, state.step, settings.loss, settings.precision)
-        )
-        if number >= _WARM:
-            steps.append(of_step)
-            probes.append(of_probe)
-    step, of_probe = statistics.median(steps), statistics.median(probes)
+def measured(case: Case, options: argparse.Namespace, scratch: Path) -> Cost:
+    """Train, and count."""
+    steps = case.steps // 3 if options.quick else case.steps
+    given = [
+        f"model={options.folder / 'base'}",
+        f"dataset={options.folder / 'strips'}",
+        f"out={scratch / 'run'}",
+        f"train.steps={steps}",
+        f"train.threads={options.threads}",
+        "checkpoint.every=100000",
+        "validation.every=100000",
+        *case.changes,
+    ]
+    with watched() as seconds:
+        train_command(RECIPE, given, device="cpu")
+    log = (scratch / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    of_steps = [row["seconds"] for row in map(json.loads, log) if row["kind"] == "step"][_WARM:]
+    probes = seconds["probe"][_WARM:]
+    looks = [each for step, each in enumerate(seconds["look"]) if is_due(step, steps)]
+    step, probe, look = map(statistics.median, (of_steps, probes, looks))
+    looking = probe * len(seconds["probe"]) + look * len(looks)
     return Cost(
-        rows=settings.batch.rows,
-        probe_rows=len(probe.batch.queries),
-        probe_tokens=probe.batch.num_tokens,
-        every=every,
+        told=case.told,
+        steps=steps,
+        probes=len(seconds["probe"]),
+        looks=len(looks),
         step_seconds=step,
-        probe_seconds=of_probe,
-        step_spread=spread(steps),
+        probe_seconds=probe,
+        look_seconds=look,
+        step_spread=spread(of_steps),
         probe_spread=spread(probes),
-        share=of_probe / (every * step),
-        begin_seconds=begin,
+        share=looking / (step * steps),
+        begin_seconds=sum(seconds["begin"]),
     )
 
 
-def prepared(
-    state: TrainingState, dataset: RetrievalDataset, held_out: RetrievalDataset
-) -> tuple[Probe, int]:
-    """What a run does before its first step; the probe, and the steps between measurements."""
-    settings, retriever = state.settings, state.retriever
-    picker = Picker(dataset, settings.batch, settings.seed)
-    batch = draw_probe(dataset, retriever.collator, settings.batch, picker.relations)
-    assert batch is not None
-    probe = Probe(batch, settings.memory.chunk_tokens)
-    measure_data(dataset, retriever.collator, settings.batch, picker, batch, held_out)
-    measure_model(retriever, probe, settings.precision)
-    return probe, steps_between(len(batch.queries), float(settings.batch.rows), is_whole=True)
+@contextmanager
+def watched() -> Iterator[Mapping[str, list[float]]]:
+    """Seconds of each call inside of a run, by what it is for."""
+    seconds: dict[str, list[float]] = defaultdict(list)
 
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_call(*given: Any, **named: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return call(*given, **named)
+            finally:
+                seconds[name].append(time.perf_counter() - begin)
 
-def timed(run: Callable[[], _Result]) -> tuple[_Result, float]:
-    """What a call returns, and its seconds."""
-    begin = time.perf_counter()
-    result = run()
-    return result, time.perf_counter() - begin
+        return timed_call
+
+    calls = [
+        ("probe", RunEvidence, "_measure"),
+        ("look", RunLog, "look"),
+        ("begin", RunEvidence, "begin"),
+        ("begin", train_module, "first_checks"),
+    ]
+    with ExitStack() as patches:
+        for name, owner, call in calls:
+            patches.enter_context(patch.object(owner, call, timed(name, getattr(owner, call))))
+        yield seconds
 
 
 def spread(seconds: list[float]) -> tuple[float, float]:
@@ -150,20 +165,19 @@ def spread(seconds: list[float]) -> tuple[float, float]:
     return tenths[0], tenths[-1]
 
 
-def told(cost: Cost) -> str:
+def said(cost: Cost) -> str:
     return (
-        f"batch {cost.rows}: step {cost.step_seconds:.3f} s, probe of {cost.probe_rows} queries "
-        f"{cost.probe_seconds:.3f} s every {cost.every} steps: {cost.share:.2%} of the steps; "
-        f"before the first step {cost.begin_seconds:.2f} s"
+        f"{cost.told}: step {cost.step_seconds:.3f} s, {cost.probes} probes of "
+        f"{cost.probe_seconds:.3f} s and {cost.looks} looks of {cost.look_seconds:.3f} s in "
+        f"{cost.steps} steps: {cost.share:.2%}; before them {cost.begin_seconds:.2f} s"
     )
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="write nothing")
+    parser.add_argument("--quick", action="store_true", help="few steps; write nothing")
     return parser.parse_args()
 
 

@@ -42,7 +42,7 @@ _FAR = {
     "violet": (130, 60, 200),
 }
 _ELDER = 1000  # added to the seed of what was trained on before
-_BIAS = 100.0
+_BIAS = 30.0
 _FOREIGN = 500  # added to the seed of a base that is not the adapter's
 
 

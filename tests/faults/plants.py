@@ -207,8 +207,8 @@ PLANTS: tuple[Trial, ...] = (
     Trial(
         "temperature-low",
         "temperature_too_low",
-        "a temperature of 0.001 on scores summed over query tokens",
-        {"loss": {"temperature": 0.001}, "steps": 40},
+        "a temperature of 0.02 on scores summed over query tokens",
+        {"loss": {"temperature": 0.02}},
     ),
     Trial(
         "biased",
