@@ -53,7 +53,7 @@ CASES = (
     Case(
         "128 rows, vision tower frozen and its features kept",
         300,
-        ["train.frozen=[vision]", "train.features.cache_mb=2048"],
+        ["train.frozen=[vision]", "train.features.ram_mb=2048"],
     ),
 )
 

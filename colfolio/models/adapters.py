@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from colfolio.errors import CheckpointError, ColfolioError
 from colfolio.models.checkpoint import check_shapes
-from colfolio.models.contract import Contract
+from colfolio.models.contract import Contract, on_weights
 from colfolio.models.lora.files import is_adapter_folder, read_adapter, write_adapter
 from colfolio.models.lora.layers import (
     drop_all,
@@ -196,7 +196,7 @@ def save_adapter(
     root = _root(retriever)
     _check_open(root)
     found = base_hash or base_hash_of(retriever)
-    contract = retriever.contract.model_copy(update={"base_hash": found})
+    contract = on_weights(retriever.contract, retriever.contract, found)
     write_adapter(root, contract, Path(folder), base, revision, weights)
 
 

@@ -59,7 +59,8 @@ class Contract(Settings):
         frame_rate: frames of a video that are read, a second.
         kept_vectors: which vectors of a document are kept.
         base_hash: SHA-256 of the base's weights (backbone and projection) as it was first saved.
-        projection_hash: SHA-256 of its projection as it was drawn.
+        projection_hash: SHA-256 of its projection as it was drawn; empty where it was not, or where
+            `base_hash` is of weights that were trained since.
         source: where the weights of the base were read from.
         loaded_from: the hub id and commit that these weights, or those that they were trained from,
             were last read from; None for folders.
@@ -100,6 +101,20 @@ class Contract(Settings):
     def deciding(self) -> str:
         """The fields that decide a vector, as JSON."""
         return self.model_dump_json(include=_DECIDING)
+
+
+def on_weights(contract: Contract, base: Contract, found: str) -> Contract:
+    """The contract of an adapter once it stands on the weights of a base.
+
+    Args:
+        base: the base's own; if its weights are not as they were first saved, its projection is not
+            as it was drawn either.
+        found: hash of its weights.
+    """
+    updated = {"base_hash": found}
+    if base.base_hash != found:
+        updated["projection_hash"] = ""
+    return contract.model_copy(update=updated)
 
 
 def save_contract(

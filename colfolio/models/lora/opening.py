@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from colfolio.data.prompts import Templates
 from colfolio.errors import CheckpointError
 from colfolio.models.checkpoint import load_parts
-from colfolio.models.contract import Contract, check_contract, hash_weights
+from colfolio.models.contract import Contract, check_contract, hash_weights, on_weights
 from colfolio.models.formats import AssumedWarning
 from colfolio.models.hub import Location, locate
 from colfolio.models.lora.files import Adapter, is_adapter_folder, read_adapter
@@ -80,7 +80,8 @@ def put_in(
             f"that was opened are taken (weights {found[:12]})"
         )
         warnings.warn(told, AssumedWarning, stacklevel=4)
-        contract = own.model_copy(update={"base_hash": found, "assumed": (*own.assumed, told)})
+        own = own.model_copy(update={"assumed": (*own.assumed, told)})
+        contract = on_weights(own, own, found)
     check_contract(contract, backbone.config, str(adapter.folder))
     if contract.base_hash != found:
         raise CheckpointError(
@@ -89,7 +90,7 @@ def put_in(
             "trained on, in the dtype it has there"
         )
     inject(root, plan, adapter.weights)
-    return root.get_submodule(PROJECTION_NAME), contract
+    return root.get_submodule(PROJECTION_NAME), on_weights(contract, own, found)
 
 
 def base_of(

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from colfolio.errors import RecipeError
 from colfolio.models import Retriever
 from colfolio.models.adapters import has_adapter
 from colfolio.models.outline import outline_of
+from colfolio.training import newest_checkpoint
 
 TRAIN = {
     "steps": 6,
@@ -233,3 +235,16 @@ def test_a_run_with_stages_goes_on_to_the_bit(write_recipe, tmp_path, capsys):
         resume_command(run)
         assert log_of(run) == log
         assert Retriever.from_pretrained(run / "model").fingerprint() == weights
+
+
+def test_training_goes_on_from_an_adapter_on_a_base_that_was_trained(write_recipe, tmp_path):
+    whole, adapted, further = (str(tmp_path / name) for name in ("whole", "adapted", "further"))
+    train_command(write_recipe(train=TRAIN, out=whole))
+    lora = TRAIN | {"lora": {"rank": 2}}
+    train_command(write_recipe(train=lora, model=f"{whole}/model", out=adapted))
+    train_command(write_recipe(train=TRAIN, model=f"{adapted}/model", out=further))
+    newest = newest_checkpoint(tmp_path / "further" / "checkpoints")
+    shutil.rmtree(newest)  # killed before it was written
+    shutil.rmtree(tmp_path / "further" / "model")
+    resume_command(Path(further))
+    assert Retriever.from_pretrained(f"{further}/model").fingerprint()
