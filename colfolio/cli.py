@@ -281,7 +281,7 @@ def diagnose(
         Path, typer.Argument(help="Run folder; or trainer_state.json or CSV, with --loss.")
     ],
     loss: Annotated[
-        Literal["pairwise", "infonce", "sigmoid"] | None,
+        Literal["pairwise", "info_nce", "infonce", "sigmoid"] | None,
         typer.Option(help="Of another trainer's log: what it minimised."),
     ] = None,
     batch: Annotated[

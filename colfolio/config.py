@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -65,7 +66,7 @@ def load_settings(
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        faults = _faults(error, values, lambda key: _place(path, key, overrides))
+        faults = _faults(error, kind, values, lambda key: _place(path, key, overrides))
         raise RecipeError(faults) from None
 
 
@@ -74,7 +75,7 @@ def validated(values: object, kind: type[AnySettings], origin: str) -> AnySettin
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        faults = _faults(error, values, lambda _: "")
+        faults = _faults(error, kind, values, lambda _: "")
         raise RecipeError(f"{origin}: {faults}") from None
 
 
@@ -155,8 +156,21 @@ def _place(path: Path, key: str, overrides: Sequence[str]) -> str:
     given = [override.partition("=")[0] for override in overrides]
     if any(f"{key}.".startswith(f"{each}.") for each in given):
         return f"{path}: "
-    line = line_of(path.read_text(encoding="utf-8"), key)
+    text = path.read_text(encoding="utf-8")
+    if any(each.startswith(f"{key}.") for each in given) and not _holds(text, key):
+        return f"{path}: "  # an override has made the key
+    line = line_of(text, key)
     return f"{path}: " if line is None else f"{path}:{line}: "
+
+
+def _holds(text: str, key: str) -> bool:
+    """Whether a key stands in YAML."""
+    values = yaml.load(text, Loader=_RecipeLoader)
+    for name in key.split("."):
+        if not isinstance(values, Mapping) or name not in values:
+            return False
+        values = values[name]
+    return True
 
 
 def _yaml_fault(error: yaml.YAMLError | UnicodeDecodeError) -> tuple[int, str]:
@@ -171,17 +185,20 @@ def _yaml_fault(error: yaml.YAMLError | UnicodeDecodeError) -> tuple[int, str]:
     return mark.line + 1, f"is not valid YAML: {error}"
 
 
-def _faults(error: ValidationError, values: object, place: Callable[[str], str]) -> str:
+def _faults(
+    error: ValidationError, kind: type[Settings], values: object, place: Callable[[str], str]
+) -> str:
     """All faults in one line, each behind its place.
 
     Args:
+        kind: of settings that were expected.
         values: what was received.
     """
     by_key: dict[str, list[ErrorDetails]] = {}
     for fault in error.errors():
         by_key.setdefault(_key_of(fault["loc"], values), []).append(fault)
     return "; ".join(
-        f"{place(key)}{_told_of_key(key, faults)}"
+        f"{place(key)}{_told_of_key(key, faults, kind)}"
         for key, faults in by_key.items()
         if not _is_echo(key, faults, by_key)
     )
@@ -207,10 +224,10 @@ def _is_echo(key: str, faults: Sequence[ErrorDetails], by_key: Mapping[str, obje
     return is_short and any(other.startswith(f"{key}.") for other in by_key)
 
 
-def _told_of_key(key: str, faults: Sequence[ErrorDetails]) -> str:
+def _told_of_key(key: str, faults: Sequence[ErrorDetails], settings: type[Settings]) -> str:
     """What is wrong with the value of a key; of several kinds that it is not, all."""
     if faults[0]["type"] == "extra_forbidden":
-        return f"unknown key {key!r}"
+        return f"unknown key {key!r}{_meant(key, _known_keys(settings, faults[0]['loc'][:-1]))}"
     message = ", or ".join(_in_words(fault["msg"]) for fault in faults)
     received = faults[0]["input"]
     # of a mapping the key says enough; of a length the message does, as those of ours mostly do
@@ -220,6 +237,32 @@ def _told_of_key(key: str, faults: Sequence[ErrorDetails]) -> str:
     is_plain = received is None or isinstance(received, str | int | float | list)
     ending = f", not {received!r}" if is_plain and not is_said else ""
     return f"{key or 'recipe'}: {message}{ending}"
+
+
+def _known_keys(kind: Any, location: Sequence[str | int]) -> set[str]:
+    """The keys of the settings at a location, which names kinds of a union as well."""
+    kinds = _settings_in(kind)
+    for name in location:
+        inner = [each.model_fields[name].annotation for each in kinds if name in each.model_fields]
+        if inner:
+            kinds = [each for annotation in inner for each in _settings_in(annotation)]
+    return {name for each in kinds for name in each.model_fields}
+
+
+def _settings_in(kind: Any) -> list[type[BaseModel]]:
+    """The classes of settings that a type is made of."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [kind]
+    return [each for part in get_args(kind) for each in _settings_in(part)]
+
+
+def _meant(key: str, known: set[str]) -> str:
+    """Which key may be meant, or all that there are."""
+    name = key.rpartition(".")[2]
+    like = get_close_matches(name, known, n=1)
+    if like:
+        return f" (did you mean {like[0]!r}?)"
+    return f" (known are {', '.join(sorted(known))})" if known else ""
 
 
 def _in_words(message: str) -> str:

@@ -38,5 +38,21 @@ class CheckpointError(ColfolioError):
     """A model or training state that is incomplete, damaged, or not what it claims to be."""
 
 
+class TensorsError(CheckpointError):
+    """Tensors that are missing, or are not those of the architecture by name or shape."""
+
+
+class NotFiniteError(CheckpointError):
+    """Weights among which there are NaN or infinite numbers."""
+
+
+class TemplatesError(CheckpointError):
+    """Strings around queries and documents that cannot be read, or that lack their slot."""
+
+
+class OtherBaseError(CheckpointError):
+    """An adapter that was trained on other weights than those it is put on."""
+
+
 class IndexStoreError(ColfolioError):
     """A search index that is missing, damaged, or was made by another model."""

@@ -113,10 +113,12 @@ def first_checks(
     try:
         for check in check_first(state, _retrieval(splits.train), ledger, base):
             checks.append(check)  # those before an error count
-    except (RecipeError, torch.OutOfMemoryError):
+    except (RecipeError, torch.OutOfMemoryError) as error:
         # no room for a chunk: the first step says what to do, and leaves a run that can go on
         if state.world.size > 1:
             raise
+        told = f"unchecked   after {len(checks)} checks, the others could not be made: {error}"
+        console().print(Text(told, style="yellow"))
     told = "; ".join(f"{check.name}: {check.told}" for check in failures(checks))
     with state.world.together():
         if told and not unchecked:

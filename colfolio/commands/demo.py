@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from colfolio.commands.console import console
+from colfolio.commands.console import console, program
 from colfolio.demo.outcome import write_outcome
 from colfolio.demo.plan import DemoFolder, Progress, commands, run_commands
 
@@ -62,4 +62,4 @@ def _print_results(results: dict[str, Any], folder: DemoFolder) -> None:
         f"{results['train_seconds']:.0f} s, all in {results['total_seconds'] / 60:.1f} min"
     )
     console().print(f"report:  {folder / 'report.html'}")
-    console().print(f'search:  colfolio search {folder / "index"} "your words"')
+    console().print(f'search:  {program()} search {folder / "index"} "your words"')

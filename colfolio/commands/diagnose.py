@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.text import Text
-
-from colfolio.commands.console import console
+from colfolio.commands.console import console, print_wrapped
+from colfolio.commands.findings import print_diagnosis
 from colfolio.commands.run_folder import LOG_FILE, RECIPE_FILE
-from colfolio.diagnosis.causes import HEALTHY, Diagnosis, Finding, diagnose
+from colfolio.diagnosis.causes import HEALTHY, Diagnosis, diagnose
 from colfolio.diagnosis.evidence import Evidence
+from colfolio.diagnosis.foreign_diagnosis import diagnose_log
 from colfolio.diagnosis.foreign_files import STATE_FILE
 from colfolio.diagnosis.foreign_log import ForeignLoss, read_foreign_log
-from colfolio.diagnosis.run_evidence import read_evidence
+from colfolio.diagnosis.run_evidence import read_run
 from colfolio.errors import ColfolioError
 
-_NAME_WIDTH = 20
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class Log(NamedTuple):
@@ -35,8 +35,8 @@ def diagnose_command(source: Path, log: Log | None = None, *, as_json: bool = Fa
     """Print what keeps a run from learning, what else is the matter, and what is not.
 
     Args:
-        source: the folder of a run; with `log` a `trainer_state.json`, its checkpoint's folder, or
-            a CSV with the columns step and loss.
+        source: the folder of a run; with `log` a `trainer_state.json`, its checkpoint's folder, the
+            folder of all checkpoints, or a CSV with the columns step and loss.
 
     Returns:
         Whether the run is healthy.
@@ -46,27 +46,36 @@ def diagnose_command(source: Path, log: Log | None = None, *, as_json: bool = Fa
     """
     if not source.exists():
         raise ColfolioError(f"{source}: there is no such run folder or log")
+    run = None
     if log is None:
-        evidence, notes = read_evidence(_run_folder(source)), ()
+        run = _run_folder(source)
+        evidence, notes = read_run(run)
         diagnosis = diagnose(evidence)
     else:
-        read = read_foreign_log(_log_file(source), *log)
+        source = _log_file(source)
+        read = read_foreign_log(source, *log)
         evidence, notes = read.evidence, read.notes
-        diagnosis = _without_settings(diagnose(evidence))
+        diagnosis = diagnose_log(read)
     is_healthy = diagnosis.first.cause == HEALTHY
     if as_json:
         plain = _as_json(source, evidence, diagnosis, notes)
         console().print(json.dumps(plain, indent=2), markup=False)
     else:
-        _print(source, evidence, diagnosis, notes)
+        out = console()
+        print_wrapped(out, f"{source}: {_what(evidence)}", style="dim")
+        for note in notes:
+            print_wrapped(out, note, style="dim")
+        print_diagnosis(out, diagnosis, run)
     return is_healthy
 
 
 def _run_folder(source: Path) -> Path:
     if source.is_dir():
         if not any((source / name).exists() for name in (LOG_FILE, RECIPE_FILE)):
+            is_foreign = _state_file(source) is not None
+            told = f", but a {STATE_FILE}: say --loss and --batch" if is_foreign else ""
             raise ColfolioError(
-                f"{source}: holds no run: neither {LOG_FILE} nor {RECIPE_FILE} is there"
+                f"{source}: holds no run: neither {LOG_FILE} nor {RECIPE_FILE} is there{told}"
             )
         return source
     if source.name == LOG_FILE:
@@ -80,42 +89,25 @@ def _run_folder(source: Path) -> Path:
 def _log_file(source: Path) -> Path:
     if not source.is_dir():
         return source
-    if not (source / STATE_FILE).is_file():
+    found = _state_file(source)
+    if found is None:
         raise ColfolioError(
-            f"{source}: holds no {STATE_FILE}; --loss and --batch are for a log of another trainer"
+            f"{source}: holds no {STATE_FILE}, and no folder checkpoint-N with one; --loss and "
+            "--batch are for a log of another trainer"
         )
-    return source / STATE_FILE
+    return found
 
 
-def _without_settings(diagnosis: Diagnosis) -> Diagnosis:
-    """The same, without the settings of recipes that another trainer does not have."""
-    findings = tuple(replace(finding, change={}) for finding in diagnosis.findings)
-    return replace(diagnosis, findings=findings)
-
-
-def _print(source: Path, evidence: Evidence, diagnosis: Diagnosis, notes: Sequence[str]) -> None:
-    out = console()
-    out.print(f"{source}: {_what(evidence)}", style="dim", markup=False)
-    for note in notes:
-        out.print(note, style="dim", markup=False)
-    colour = "green" if diagnosis.first.cause == HEALTHY else "yellow"
-    _paragraph(out, diagnosis.first, f"bold {colour}")
-    for finding in diagnosis.findings[1:]:
-        _paragraph(out, finding, "bold")
-    if diagnosis.ruled_out:
-        out.print("\nruled out")
-        for each in diagnosis.ruled_out:
-            out.print(f"  {each.cause:<{_NAME_WIDTH}}  {each.why}", markup=False)
-    if diagnosis.unasked:
-        named = ", ".join(name.replace("_", " ") for name in diagnosis.unasked)
-        out.print(f"\nnot known from this log: {named}", style="dim", markup=False)
-
-
-def _paragraph(out: Console, finding: Finding, style: str) -> None:
-    told = finding.paragraph()
-    end = len(finding.title) + 1
-    out.print()
-    out.print(Text.assemble((told[:end], style), told[end:]))
+def _state_file(folder: Path) -> Path | None:
+    """The state in a folder, or in the newest checkpoint in it; None if there is none."""
+    if (folder / STATE_FILE).is_file():
+        return folder / STATE_FILE
+    states = [
+        (int(named[1]), path / STATE_FILE)
+        for path in folder.iterdir()
+        if (named := _CHECKPOINT.fullmatch(path.name)) and (path / STATE_FILE).is_file()
+    ]
+    return max(states, default=(0, None))[1]
 
 
 def _what(evidence: Evidence) -> str:

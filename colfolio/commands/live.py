@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from colfolio.commands.console import print_wrapped
 from colfolio.training import AnyReport, GenerationReport, PartReport
 
 _SMOOTH = 50
@@ -95,9 +96,9 @@ class LiveTraining:
         self._print(step, told)
 
     def _print(self, step: int, text: str) -> None:
-        """A line that stays."""
+        """What stays: a line, or a paragraph that a terminal breaks between words."""
         if self._console.is_terminal:
-            self._live.console.print(f"  step {step:>6}   {text}", markup=False)
+            print_wrapped(self._live.console, f"  step {step:>6}   {text}")
         else:
             self._console.print(f"step {step}: {text}", markup=False)
 

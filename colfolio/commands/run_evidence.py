@@ -145,17 +145,27 @@ class RunEvidence:
             self._probe,
             state.settings.precision,
             has_loaded_adapter=state.settings.lora is None or state.step > 0,
+            has_trained=state.step > 0,
             read_again=self._read_again(),
         )
         facts = {"settled": settled, "data": asdict(data), "model": asdict(model)}
         return _as_logged(facts | {"sampled": SAMPLED})
 
     def _read_again(self) -> Callable[[], Mapping[str, Tensor]] | None:
-        """Reads the checkpoint that the run goes on from, which is as old as the state."""
-        newest = newest_checkpoint(self._run.checkpoints)
-        if newest is None or not can_reload(self._state.retriever):
+        """Reads what the state was read from: the base, or the checkpoint of a run that goes on.
+
+        Before the first step that checkpoint holds the state itself, and is equal whatever the load
+        of the base does.
+        """
+        if not can_reload(self._state.retriever):
             return None
-        return lambda: Retriever.from_pretrained(newest / MODEL_FOLDER, device="cpu").weights()
+        files: Path | str = self._recipe.model
+        if self._state.step > 0 or self._run.last("facts") is not None:
+            newest = newest_checkpoint(self._run.checkpoints)
+            if newest is None:
+                return None
+            files = newest / MODEL_FOLDER
+        return lambda: Retriever.from_pretrained(files, device="cpu").weights()
 
     def _measure_first(self, probe: Probe) -> None:
         """Measure what the run begins with; a run that goes on reads what was measured then."""
@@ -186,7 +196,7 @@ class RunEvidence:
             what, module = "loss", ""
         found = [each for each in state.world.gather_objects((what, module)) if each[1]]
         what, module = found[0] if found else (what, "")
-        return Fault(state.step, what, module)
+        return Fault(state.step - 1, what, module)  # which counts the failed step already
 
     def _run_again(self) -> None:
         """Forward and backward of the batches behind the last step that was done."""

@@ -121,8 +121,14 @@ class RunFolder:
             RecipeError: the folder already holds a run.
         """
         self.check_free()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.keep(recipe)
+        if self.path.exists():
+            self.keep(recipe)
+            return
+        # a run that is killed leaves a folder that says what it was to be, or none
+        aside = self.path.with_name(f".{self.path.name}")
+        aside.mkdir(parents=True, exist_ok=True)
+        RunFolder(aside).keep(recipe)
+        aside.replace(self.path)
 
     def keep(self, recipe: TrainRecipe) -> None:
         """Write the recipe that the run goes on with."""
@@ -132,6 +138,8 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Leave in the log what was written up to a step; a line cut short by a kill goes too.
+
+        So does what ended the run, for the step that failed is done again.
 
         Raises:
             CheckpointError: the folder holds no run.
@@ -144,9 +152,10 @@ class RunFolder:
         for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+                is_kept = row["kind"] != "fault" and row["step"] <= step
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-            if isinstance(row, dict) and row.get("step", math.inf) <= step:
+            if is_kept:
                 kept.append(line + "\n")
         aside = self.log.with_name(f".{LOG_FILE}")
         aside.write_text("".join(kept), encoding="utf-8")

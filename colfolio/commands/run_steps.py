@@ -12,6 +12,7 @@ from types import FrameType
 import torch
 
 from colfolio.commands.console import console
+from colfolio.commands.findings import say_outcome
 from colfolio.commands.run_evidence import RunEvidence
 from colfolio.commands.run_folder import RunFolder, TrainRecipe, dataset_name, told_recipe
 from colfolio.commands.run_log import RunLog
@@ -76,6 +77,7 @@ def run_steps(
         write_run_report(run, recipe, validation, examples)
         _say_cache(state)
         _say(f"{run.model}: trained for {recipe.train.steps} steps")
+        say_outcome(run)
 
 
 @contextmanager

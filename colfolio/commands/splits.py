@@ -7,13 +7,15 @@ from typing import NamedTuple
 from colfolio.commands.run_folder import TrainRecipe
 from colfolio.data.conversations import ConversationDataset, load_conversations
 from colfolio.data.dataset import RetrievalDataset, load_dataset
-from colfolio.errors import RecipeError
+from colfolio.diagnosis.planning import memory_here
+from colfolio.errors import DatasetError, RecipeError
 from colfolio.evaluation import Pool, draw_pool, validation_metrics
 from colfolio.models.precision import autocast
 from colfolio.training import TrainingState
 from colfolio.training.text_objective import text_metrics
 
 _METRIC = "ndcg@5"
+_BYTES_OF_A_PAIR = 12  # score, relevance, and what is compared on the way to ranks
 
 
 class Validation(NamedTuple):
@@ -50,8 +52,8 @@ def load_splits(recipe: TrainRecipe) -> Splits:
     """The splits that a recipe names.
 
     Raises:
-        DatasetError: one cannot be read, has fewer negatives than the recipe asks for, or is of
-            another objective.
+        DatasetError: one cannot be read, has fewer negatives than the recipe asks for, is of
+            another objective, or is too large to validate on.
     """
     if recipe.train.objective == "generation":
         return _conversations(recipe)
@@ -59,7 +61,21 @@ def load_splits(recipe: TrainRecipe) -> Splits:
     if recipe.validation.split is None:
         return Splits(train, None)
     held_out = load_dataset(recipe.dataset, recipe.validation.split)
+    _check_room(held_out)
     return Splits(train, Validation(held_out, draw_pool(held_out, recipe.validation.pool)))
+
+
+def _check_room(held_out: RetrievalDataset) -> None:
+    """Refuse a split whose scores do not fit, before a run has spent hours on its way to them."""
+    queries, documents = len(held_out.queries), len(held_out.corpus)
+    needed, room = queries * documents * _BYTES_OF_A_PAIR, memory_here()
+    if needed > room:
+        raise DatasetError(
+            f"{held_out.name}, split {held_out.split!r}: validation ranks each of {queries:,} "
+            f"queries among all {documents:,} documents, which takes {needed / 2**30:.1f} GiB, and "
+            f"this machine has {room / 2**30:.1f}; validate on a smaller split, or on none "
+            "(validation.split=null)"
+        )
 
 
 def _conversations(recipe: TrainRecipe) -> Splits:

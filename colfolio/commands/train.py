@@ -24,6 +24,7 @@ from colfolio.commands.splits import Splits, check_validation, load_splits
 from colfolio.commands.tensorboard import check_tensorboard
 from colfolio.config import load_settings, naming_lines
 from colfolio.diagnosis import check_reachable
+from colfolio.diagnosis.preflight import Check
 from colfolio.distributed import SharedError, World, join_world, launch
 from colfolio.errors import ColfolioError
 from colfolio.models.generator import Generator
@@ -169,11 +170,22 @@ def _train(
     if world.is_main:
         run.begin(recipe)
         log_ledger(run, 0, ledger)
+        _log_checks(run, checks)
         say_ledger(ledger)
         say_first(checks)
     # a run that is killed before its first step must not begin again from another base
     save_checkpoint(state, run.checkpoints, splits.train.fingerprint, recipe.checkpoint.keep)
     run_steps(reports, state, splits, recipe, run)
+
+
+def _log_checks(run: RunFolder, checks: Sequence[Check]) -> None:
+    """Note what was asked before step 1, and what a run goes on with that failed."""
+    told = [
+        {"name": each.name, "passed": each.passed, "told": each.told, "cause": each.cause}
+        for each in checks
+    ]
+    if told:
+        run.append("checks", {"step": 0, "checks": told})
 
 
 def _resume(recipe: TrainRecipe, run: RunFolder, world: World, device: str | None) -> None:

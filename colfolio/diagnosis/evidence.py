@@ -51,12 +51,13 @@ class DataFacts:
 
     Args:
         queries, documents: of the training split.
-        median_document_tokens: of a document as it enters the model.
+        median_document_tokens, median_query_tokens: of a row as it enters the model.
         truncated: share of the documents whose image tokens are fewer than their grid has.
         blank: share of the documents whose image is one colour.
         copies: share of a query's candidates that are its answer's equal, pixel by pixel or by
             another document with the same query text, and yet count as negatives.
-        leaked: share of the validation documents or queries, whichever is more, that training has.
+        leaked: share of the validation images, or of its queries each with its answer, whichever is
+            more, that training has; says nothing without `validation_documents`.
         validation_documents: what a validation query is ranked among.
         epoch_overlap: share of the pairs of rows of a batch that meet again in the next epoch.
             Drawn at random it is about (rows - 1) / (queries - 1).
@@ -67,13 +68,14 @@ class DataFacts:
     queries: int
     documents: int
     median_document_tokens: float | None = None
-    truncated: float = 0.0
+    truncated: float | None = None
     blank: float = 0.0
     copies: float = 0.0
     leaked: float = 0.0
     validation_documents: int | None = None
     epoch_overlap: float | None = None
     neighbours: float | None = None
+    median_query_tokens: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,27 +87,27 @@ class ModelFacts:
         positions_told: that verdict in a sentence.
         template_faults: how the strings or special tokens that queries and images really get differ
             from those that the contract promises, in sentences.
-        padding_side: on which side the model was given padding though it reads the other; None for
-            packed rows.
-        fresh: names of tensors that the load left at random.
-        is_reloaded_alike: whether a second load of the same files gives the same weights.
+        row_difference: by how much a number of a vector differs at most between a row alone and the
+            same row beside others.
+        fresh: names of tensors that another load of the same files has otherwise.
         adapter_effect: relative difference that loaded adapters make to the vectors; None without.
         adapter_is_of_base: whether the adapters name the base that they were put on; None without.
         trains, frozen: parameters of each part; a part may stand in both.
-        is_trained: the weights come from training, not from a random draw, as the contract says.
+        is_trained: the weights were trained to retrieve, as the contract says.
+        drawn: parts whose weights are as they were drawn at random, and that no adapter changes.
     """
 
-    positions: str = "right"
+    positions: str | None = None
     positions_told: str = ""
-    template_faults: tuple[str, ...] = ()
-    padding_side: str | None = None
-    fresh: tuple[str, ...] = ()
-    is_reloaded_alike: bool = True
+    template_faults: tuple[str, ...] | None = None
+    row_difference: float | None = None
+    fresh: tuple[str, ...] | None = None
     adapter_effect: float | None = None
     adapter_is_of_base: bool | None = None
     trains: Mapping[str, int] = field(default_factory=dict)
     frozen: Mapping[str, int] = field(default_factory=dict)
-    is_trained: bool = False
+    is_trained: bool | None = None
+    drawn: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,22 @@ class ProbeSignals:
 
 
 @dataclass(frozen=True, slots=True)
+class Checked:
+    """What a check before the first step came to.
+
+    Args:
+        name: what was asked.
+        told: the number, and what to do about a failure.
+        cause: that a failure points to; empty where none is known.
+    """
+
+    name: str
+    passed: bool
+    told: str
+    cause: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
     """Numbers that were no numbers any more, and where they came from.
 
@@ -197,6 +215,7 @@ class Evidence:
         skipped: share of the steps whose gradient overflowed in half precision.
         candidates: mean documents that a query is compared with.
         masked: mean documents that are masked for a query.
+        checks: before the first step.
     """
 
     settled: Settled
@@ -209,3 +228,4 @@ class Evidence:
     skipped: float = 0.0
     candidates: float | None = None
     masked: float | None = None
+    checks: tuple[Checked, ...] = ()

@@ -11,30 +11,24 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colfolio.diagnosis.foreign_rows import ForeignRow, in_order, without_gaps
 from colfolio.errors import ColfolioError
 
 STATE_FILE = "trainer_state.json"
 _DELIMITERS = ",;\t"
 _STEP = ("step", "global_step", "_step", "iteration")
-_LOSS = ("loss", "train_loss", "training_loss", "value")
+_LOSS = ("loss", "train_loss", "training_loss", "loss_step", "train_loss_step", "value")
 _RATE = ("learning_rate", "lr")
 _NORM = ("grad_norm", "gradient_norm")
 _OTHER_SPLITS = frozenset({"eval", "val", "valid", "validation", "dev", "test"})
-
-
-@dataclass(frozen=True, slots=True)
-class ForeignRow:
-    """What a log says of a step, or of the steps since the row before; NaN where it says NaN."""
-
-    step: int
-    loss: float
-    lr: float | None = None
-    gradient_norm: float | None = None
+_EMPTY = frozenset({"", "none", "null", "n/a", "na", "-"})  # in the place of a loss
+_ROUNDED = 1e-3  # that a loss may lie below 0
+_MOST_QUOTED = 60  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +36,18 @@ class ForeignRows:
     """What a log of another trainer holds.
 
     Args:
-        rows: rising by step; of a step that occurs twice the later row stands.
+        rows: rising by step.
         evaluations: step, and loss on another split.
         steps: of the whole run, if the log says so.
         device_rows: rows of a batch on one device, if the log says so.
+        notes: what was made of steps that occur more than once, in sentences.
     """
 
     rows: tuple[ForeignRow, ...]
     evaluations: tuple[tuple[int, float], ...] = ()
     steps: int | None = None
     device_rows: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_foreign_rows(path: Path) -> ForeignRows:
@@ -74,7 +70,7 @@ def read_foreign_rows(path: Path) -> ForeignRows:
 def _state(path: Path, text: str) -> ForeignRows:
     try:
         state = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ColfolioError(
             f"{path}: expected the JSON of a {STATE_FILE}, which this is not: {error}"
         ) from None
@@ -92,11 +88,13 @@ def _state(path: Path, text: str) -> ForeignRows:
         elif "eval_loss" in entry:
             evaluated = _row(place, entry, ("step", "eval_loss", "", ""))
             evaluations.append((evaluated.step, evaluated.loss))
+    risen, notes = in_order(without_gaps(rows))
     return ForeignRows(
-        _rising(rows),
+        risen,
         tuple(sorted(evaluations)),
         _count(state.get("max_steps")),
         _count(state.get("train_batch_size")),
+        notes,
     )
 
 
@@ -104,18 +102,18 @@ def _table(path: Path, text: str) -> ForeignRows:
     lines = text.splitlines()
     header = lines[0] if lines else ""
     delimiter = max(_DELIMITERS, key=header.count)
-    reader = csv.reader(lines, delimiter=delimiter)
-    names = next(reader, [])
+    (_, names), *cut = _cut(path, lines, delimiter) or [(1, [])]
     step = _column(path, names, _STEP)
     loss = _column(path, names, _LOSS)
     if step is None or loss is None:
+        found = _short(", ".join(map(repr, names))) or "an empty file"
         raise ColfolioError(
             f"{path}, line 1: expected columns named step and loss (or train/loss), divided by "
-            f"commas, semicolons or tabs; found {', '.join(map(repr, names)) or 'an empty file'}"
+            f"commas, semicolons or tabs; found {found}"
         )
     others = [_column(path, names, among) for among in (_RATE, _NORM)]
     rows = []
-    for cells in reader:
+    for number, cells in cut:
         # exports leave a cell empty where a step has no such number
         if len(cells) > max(step, loss) and cells[step].strip() and cells[loss].strip():
             chosen = [
@@ -123,9 +121,24 @@ def _table(path: Path, text: str) -> ForeignRows:
                 for place in (step, loss, *others)
             ]
             keys = ("step", "loss", "lr", "norm")
-            place = f"{path}, line {reader.line_num}"
+            place = f"{path}, line {number}"
             rows.append(_row(place, dict(zip(keys, chosen, strict=True)), keys))
-    return ForeignRows(_rising(rows))
+    risen, notes = in_order(without_gaps(rows))
+    return ForeignRows(risen, notes=notes)
+
+
+def _cut(path: Path, lines: Sequence[str], delimiter: str) -> list[tuple[int, list[str]]]:
+    """The cells of each row, behind the number of its first line."""
+    reader, rows, begin = csv.reader(lines, delimiter=delimiter), [], 1
+    try:
+        for cells in reader:
+            rows.append((begin, cells))
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise ColfolioError(
+            f"{path}, line {begin}: expected a table of step and loss; {error}"
+        ) from None
+    return rows
 
 
 def _column(path: Path, names: Sequence[str], among: Sequence[str]) -> int | None:
@@ -159,26 +172,46 @@ def _plain(cell: str, delimiter: str) -> str:
 
 
 def _row(place: str, entry: dict[str, Any], keys: Sequence[str]) -> ForeignRow:
-    step, loss, lr, norm = (_number(place, key, entry.get(key)) for key in keys)
+    step_key, loss_key, *others = keys
+    step = _number(entry.get(step_key))
     if step is None or not step.is_integer() or step < 0:
-        raise ColfolioError(f"{place}: expected a whole number as step, found {entry.get(keys[0])}")
+        raise ColfolioError(
+            f"{place}: expected a whole number as {step_key}, found {_quoted(entry, step_key)}"
+        )
+    lr, norm = (_number(entry.get(key)) for key in others)  # what is no number says nothing
+    if _is_empty(entry.get(loss_key)):
+        return ForeignRow(int(step), math.nan, lr, norm, is_empty=True)
+    loss = _number(entry.get(loss_key))
     if loss is None:
-        raise ColfolioError(f"{place}: expected a number as {keys[1]}, found {entry.get(keys[1])}")
+        raise ColfolioError(
+            f"{place}: expected a number as {loss_key}, found {_quoted(entry, loss_key)}"
+        )
+    if loss < -_ROUNDED:
+        raise ColfolioError(
+            f"{place}: {loss_key} is {loss:g}, and neither pairwise nor infonce nor sigmoid can be "
+            "below 0: it is another loss, or has a part that is none of these"
+        )
     return ForeignRow(int(step), loss, lr, norm)
 
 
-def _number(place: str, name: str, value: Any) -> float | None:
-    if value is None or value == "":
-        return None
+def _number(value: Any) -> float | None:
+    """A number, or None where there is none."""
     try:
         return float(value)
-    except (TypeError, ValueError):
-        raise ColfolioError(f"{place}: expected a number as {name}, found {value!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
-def _rising(rows: Iterable[ForeignRow]) -> tuple[ForeignRow, ...]:
-    found = {row.step: row for row in rows}
-    return tuple(found[step] for step in sorted(found))
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.strip().lower() in _EMPTY)
+
+
+def _quoted(entry: dict[str, Any], key: str) -> str:
+    return _short(repr(entry.get(key)))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MOST_QUOTED else f"{text[:_MOST_QUOTED]}…"
 
 
 def _count(value: Any) -> int | None:

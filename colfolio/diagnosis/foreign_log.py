@@ -14,25 +14,32 @@ from pathlib import Path
 from typing import Literal
 
 from colfolio.diagnosis.evidence import Evidence, Fault, Settled
-from colfolio.diagnosis.foreign_files import ForeignRow, ForeignRows, read_foreign_rows
+from colfolio.diagnosis.foreign_files import ForeignRows, read_foreign_rows
+from colfolio.diagnosis.foreign_level import LEAST_ROWS, Standing, standing
+from colfolio.diagnosis.foreign_rows import ForeignRow
 from colfolio.diagnosis.training_log import LoggedEvaluation, LoggedStep
 from colfolio.errors import ColfolioError
 
 ForeignLoss = Literal["pairwise", "info_nce", "sigmoid"]
-_LEAST_ROWS = 5  # of a stretch that is judged by
-_STILL = 0.005  # of its mean, that no loss of a stretch is away from it
-_ON_LEVEL = 0.003  # of a level, that a loss which stands there is away from it
+_BELOW = 0.003  # of a floor, that a loss may seem to be below it
 _MOST_SUMMED = 64  # accumulated batches
 _NEAR_FLOOR = 0.25  # of the way from floor to chance
 _FLOOR_SHOWN = 0.05  # of chance
+_LEAP = 0.01  # of chance, from which a loss does not fall to exactly 0 by itself
 
 
 @dataclass(frozen=True, slots=True)
 class ForeignLog:
-    """Evidence from a log of losses, and what had to be assumed, in sentences."""
+    """Evidence from a log of losses.
+
+    Args:
+        notes: what had to be assumed, in sentences.
+        rows: whose loss is a number, as it was understood.
+    """
 
     evidence: Evidence
     notes: tuple[str, ...]
+    rows: tuple[ForeignRow, ...] = ()
 
 
 def read_foreign_log(
@@ -53,7 +60,8 @@ def read_foreign_log(
             f"expected at least 1 document and a temperature above 0, not {batch}, {temperature}"
         )
     found = read_foreign_rows(path)
-    notes: list[str] = []
+    notes = list(found.notes)
+    found = _without_zeros(path, found, loss, batch, notes)
     rows, chance, batch = _believed(found, loss, batch, notes)
     floor = _floor(rows, loss, batch, chance, temperature, notes)
     rates = [row.lr for row in rows if row.lr is not None and math.isfinite(row.lr)]
@@ -73,7 +81,35 @@ def read_foreign_log(
         skipped=_skipped(found.rows, fault),
         candidates=float(batch),
     )
-    return ForeignLog(evidence, tuple(notes))
+    return ForeignLog(evidence, tuple(notes), tuple(rows))
+
+
+def _without_zeros(
+    path: Path, found: ForeignRows, loss: ForeignLoss, batch: int, notes: list[str]
+) -> ForeignRows:
+    """The rows with NaN where a log ends with zeros that no loss can have come to."""
+    most = max((row.loss for row in found.rows if math.isfinite(row.loss)), default=0.0)
+    if batch == 1:
+        if loss == "info_nce" and most < _LEAP:
+            return found  # of its own document alone
+        raise ColfolioError(
+            f"{path}: the loss comes to {most:.3g}, but a query that is compared with its own "
+            "document alone has nothing to be told from; --batch counts all documents that a "
+            "query is compared with, its own among them"
+        )
+    end = len(found.rows)
+    while end and found.rows[end - 1].loss == 0:
+        end -= 1
+    before = found.rows[end - 1].loss if end else math.inf
+    if end == len(found.rows) or before <= _LEAP * math.log(2):
+        return found  # a loss that has nearly gone may be rounded to 0
+    where = f"from step {found.rows[end].step} on, after {before:.3g}" if end else "in every row"
+    notes.append(
+        f"The loss is exactly 0 {where}, which no such loss comes to: some trainers write 0 in "
+        "place of a loss that is no number, so it is taken for one."
+    )
+    lost = [replace(row, loss=math.nan) for row in found.rows[end:]]
+    return replace(found, rows=(*found.rows[:end], *lost))
 
 
 def _believed(
@@ -92,26 +128,36 @@ def _believed(
             "Accumulated batches and other devices add no candidates, unless the trainer gathers "
             "their documents."
         )
-    level = _still_level(rows)
-    if level is None or not chance:
+    still = standing([row.loss for row in rows])
+    if still is None or not chance:
         return rows, chance, batch
-    times = round(level / chance)
-    if 1 < times <= _MOST_SUMMED and _is_at(level, times * chance):
+    times = round(still.level / chance)
+    if 1 < times <= _MOST_SUMMED and still.is_at(times * chance):
         notes.append(
             f"Losses stand at {times} times the chance level, as where those of {times} "
             f"accumulated batches are added up; they are divided by {times}."
         )
         return [replace(row, loss=row.loss / times) for row in rows], chance, batch
-    if loss == "info_nce":
-        fewer = [size for size in range(2, batch) if batch % size == 0]
-        for size in (size for size in fewer if _is_at(level, math.log(size))):
-            notes.append(
-                f"The loss stands still at {level:.4f}, which is ln {size}: a query seems to be "
-                f"compared with {size} documents, not {batch}. Each device and each accumulated "
-                "batch has its own, unless the trainer gathers them."
-            )
-            return rows, math.log(size), size
-    return rows, chance, batch
+    size = _fewer(still, batch) if loss == "info_nce" else None
+    if size is None:
+        return rows, chance, batch
+    notes.append(
+        f"The loss stands still at {still.level:.4f}, and {math.log(size):.4f} is ln {size}: a "
+        f"query seems to be compared with {size} documents, not {batch}. Each device and each "
+        "accumulated batch has its own, unless the trainer gathers them."
+    )
+    return rows, math.log(size), size
+
+
+def _fewer(still: Standing, batch: int) -> int | None:
+    """The documents whose chance level a loss stands at, if a batch is so many times them."""
+    if still.level >= math.log(batch):
+        return None
+    like = math.exp(still.level)
+    parts = round(batch / like)
+    fewer = {round(like), batch // parts}  # where few or where many are meant
+    sizes = (size for size in sorted(fewer) if 1 < size < batch and batch % size == 0)
+    return next((size for size in sizes if still.is_at(math.log(size))), None)
 
 
 def _chance(rows: Sequence[ForeignRow], loss: ForeignLoss, batch: int, notes: list[str]) -> float:
@@ -134,20 +180,6 @@ def _chance(rows: Sequence[ForeignRow], loss: ForeignLoss, batch: int, notes: li
     return batch * mean if is_summed else mean
 
 
-def _still_level(rows: Sequence[ForeignRow]) -> float | None:
-    """Where the last half of the losses stands still; None if it moves or is too short."""
-    losses = [row.loss for row in rows[len(rows) // 2 :]]
-    if len(losses) < _LEAST_ROWS:
-        return None
-    mean = math.fsum(losses) / len(losses)
-    is_still = all(abs(loss - mean) <= _STILL * abs(mean) for loss in losses)
-    return mean if is_still else None
-
-
-def _is_at(level: float, expected: float) -> bool:
-    return abs(level - expected) <= _ON_LEVEL * expected
-
-
 def _floor(
     rows: Sequence[ForeignRow],
     loss: ForeignLoss,
@@ -167,8 +199,8 @@ def _floor(
     is_low = floor < _FLOOR_SHOWN * chance
     if temperature is None and is_low:
         return None
-    level = _mean_loss(rows[-max(_LEAST_ROWS, len(rows) // 10) :])
-    if is_low or level < floor * (1 - _ON_LEVEL):
+    level = _mean_loss(rows[-max(LEAST_ROWS, len(rows) // 10) :])
+    if is_low or level < floor * (1 - _BELOW):
         return None if temperature is None else 0.0
     is_near = level - floor < _NEAR_FLOOR * (chance - floor)
     if temperature is None:

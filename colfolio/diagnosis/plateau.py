@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from colfolio.diagnosis.causes import HEALTHY, UNKNOWN, Finding, diagnose
 from colfolio.diagnosis.causes.reading import Reading
+from colfolio.diagnosis.causes.thresholds import SLOW_START
 from colfolio.diagnosis.evidence import Evidence, Settled
 from colfolio.diagnosis.training_log import TrainingLog
 
@@ -14,7 +15,6 @@ NOT_STARTED = "not_started"
 _LOOKS = 25  # in a whole run
 _LEAST_BETWEEN = 20  # steps
 _AFTER_WARMUP = 50  # steps, before a loss that stands means anything
-_SLOW_START = 200  # steps for which random weights may stand at chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class PlateauWatch:
             if finding.cause in (HEALTHY, UNKNOWN):
                 return None
             if finding.cause not in self._from_the_start:
-                is_early = _steps_after_warmup(evidence) < _SLOW_START
+                is_early = _steps_after_warmup(evidence) < SLOW_START
                 return None if finding.cause == NOT_STARTED and is_early else finding
         return None
 

@@ -2,58 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from colfolio.diagnosis.drawing import (
     ACCENT,
     MUTED,
     SMOOTH_POINTS,
-    Mark,
+    Chart,
+    Course,
     binned,
-    draw_end,
-    draw_level,
     drawing,
     short,
 )
 from colfolio.diagnosis.evidence import ProbeSignals
 
 _SHOWN = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of the probes: a model learns most at first
-_Measured = Callable[[ProbeSignals], float]
+_SHARES = frozenset({"accuracy", "same_winner"})
 
 
-def probe_charts(probes: Sequence[ProbeSignals], marks: Sequence[Mark]) -> list[tuple[str, str]]:
-    """Title and SVG of each curve over the probes; none for fewer than two.
+@dataclass(frozen=True, slots=True)
+class ProbeRow:
+    """A number of the probe in words: what, in which unit, and in the first and last probe."""
 
-    Args:
-        marks: steps to mark.
-    """
+    name: str
+    unit: str
+    first: str
+    last: str
+
+
+def probe_rows(probes: Sequence[ProbeSignals]) -> list[ProbeRow]:
+    """What can be told in numbers, beside chance where it has a level."""
+    if not probes:
+        return []
+    first, last = probes[0], probes[-1]
+    documents = last.documents
+    by_rank = f"1 to {documents}, chance {short((documents + 1) / 2)}"
+    table = {
+        "rank": ("rank of the answer", by_rank),
+        "accuracy": ("answers ranked first", f"of all queries, chance {1 / documents:.1%}"),
+        "margin": ("answer less the best other document", "score"),
+        "mean_margin": ("answer less the mean other document", "score"),
+        "spread": ("spread of a query's scores", "score, standard deviation"),
+        "query_rank": ("effective rank of query vectors", f"1 to {last.dim}"),
+        "document_rank": ("effective rank of document vectors", f"1 to {last.dim}"),
+        "query_cosine": ("vectors of different queries", "cosine, mean"),
+        "document_cosine": ("vectors of different documents", "cosine, mean"),
+        "same_winner": ("same document token wins everywhere", "of all query tokens"),
+    }
+    return [
+        ProbeRow(told, unit, _told(name, first), _told(name, last))
+        for name, (told, unit) in table.items()
+    ]
+
+
+def probe_charts(probes: Sequence[ProbeSignals], course: Course) -> list[Chart]:
+    """Each curve over the probes; none for fewer than two."""
     if len(probes) < 2:
         return []
     documents = probes[-1].documents
-    rank = _chart(
-        probes,
-        f"Rank of the answer among {documents}",
-        {"rank": lambda probe: probe.rank},
-        marks,
-        chance=(documents + 1) / 2,
-    )
-    spread = _chart(probes, "Spread of a query's scores", {"": lambda probe: probe.spread}, marks)
-    spanned = _chart(
-        probes,
-        f"Effective rank of the vectors, of {probes[-1].dim}",
-        {
-            "queries": lambda probe: probe.query_rank,
-            "documents": lambda probe: probe.document_rank,
-        },
-        marks,
-    )
-    return [rank, spread, spanned]
+    rank = f"Rank of the answer among {documents}"
+    spans = f"Effective rank of the vectors, of {probes[-1].dim}"
+    return [
+        _chart(probes, rank, {"rank": ""}, course, chance=(documents + 1) / 2),
+        _chart(probes, "Spread of a query's scores", {"spread": ""}, course),
+        _chart(probes, spans, {"query_rank": "queries", "document_rank": "documents"}, course),
+    ]
 
 
-def score_histograms(probes: Sequence[ProbeSignals]) -> list[tuple[str, str]]:
-    """Title and SVG of the scores at several steps: of answers, and of all other documents."""
+def score_histograms(probes: Sequence[ProbeSignals]) -> list[Chart]:
+    """The scores at several steps: of answers, and of all other documents, as shares of each."""
     measured = [probe for probe in probes if sum(map(sum, probe.histogram)) > 0]
     if not measured:
         return []
@@ -61,44 +83,56 @@ def score_histograms(probes: Sequence[ProbeSignals]) -> list[tuple[str, str]]:
     return [_histogram(measured[place]) for place in places]
 
 
-def _histogram(probe: ProbeSignals) -> tuple[str, str]:
+def _told(name: str, probe: ProbeSignals) -> str:
+    value = float(getattr(probe, name))
+    if not isfinite(value):
+        return "not finite"
+    return f"{value:.1%}" if name in _SHARES else short(value)
+
+
+def _histogram(probe: ProbeSignals) -> Chart:
     low, high = probe.edges
-    with drawing(across="score") as drawn:
+    with drawing() as drawn:
         axes = drawn.axes
-        for counts, colour, name in zip(
-            probe.histogram, (ACCENT, MUTED), ("answers", "others"), strict=True
+        # the answers' line is the thicker one: it is seen below that of the others
+        for counts, colour, name, width in zip(
+            probe.histogram, (ACCENT, MUTED), ("answers", "others"), (2.4, 1.0), strict=True
         ):
             edges = np.linspace(low, high, len(counts) + 1)
             shares = np.array(counts) / max(1, sum(counts))
             axes.stairs(shares, edges, color=colour, fill=True, alpha=0.25)
-            axes.stairs(shares, edges, color=colour, linewidth=1.4, label=name)
+            label = f"{name} ({sum(counts):,})"
+            axes.stairs(shares, edges, color=colour, linewidth=width, label=label)
         axes.set_ylim(bottom=0)
-        axes.set_yticks([])
-        axes.legend(frameon=False, loc="upper right", labelcolor=MUTED, handlelength=1.2)
-    return f"Scores after step {probe.step:,}", drawn.svg
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.set(xlabel="score", ylabel="share of each")
+        above = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 2}
+        axes.legend(frameon=False, labelcolor=MUTED, handlelength=1.2, borderaxespad=0, **above)
+    return Chart(f"Scores after step {probe.step:,}", drawn.svg)
 
 
 def _chart(
     probes: Sequence[ProbeSignals],
     title: str,
-    lines: Mapping[str, _Measured],
-    marks: Sequence[Mark],
+    lines: dict[str, str],
+    course: Course,
     chance: float | None = None,
-) -> tuple[str, str]:
-    """A curve for each of one or two numbers, and a dashed chance level."""
+) -> Chart:
+    """A curve for each of one or two numbers, and a dashed chance level.
+
+    Args:
+        lines: what is written at the end of the curve of each number.
+    """
     steps = [probe.step for probe in probes]
-    with drawing(marks) as drawn:
-        axes = drawn.axes
-        for (name, measured), colour in zip(lines.items(), (ACCENT, MUTED), strict=False):
-            curve = binned(steps, [measured(probe) for probe in probes], SMOOTH_POINTS)
-            label = f"{name} {short(curve[1][-1])}"
-            axes.plot(*curve, color=colour, linewidth=1.8, label=label, solid_capstyle="round")
-            if len(lines) == 1:
-                draw_end(axes, *curve, colour)
+    with drawing(course) as drawn:
+        for (number, name), colour in zip(lines.items(), (ACCENT, MUTED), strict=False):
+            values = [getattr(probe, number) for probe in probes]
+            if not np.isfinite(values).any():
+                continue
+            curve = binned(steps, values, SMOOTH_POINTS)
+            drawn.draw_curve(*curve, name, colour, solid_capstyle="round")
         if chance is not None:
-            ends = np.array([steps[0], steps[-1]], dtype=np.float64)
-            draw_level(axes, ends, np.array([chance, chance]), "chance")
-        if len(lines) > 1:
-            axes.legend(frameon=False, loc="best", labelcolor=MUTED, handlelength=1.2)
-        axes.set_ylim(bottom=0)
-    return title, drawn.svg
+            drawn.draw_constant("chance", course, chance)
+        drawn.axes.set_ylim(bottom=0)
+    return Chart(title, drawn.svg)

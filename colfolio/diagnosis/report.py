@@ -17,14 +17,15 @@ from typing import Any, Protocol, runtime_checkable
 import jinja2
 import numpy as np
 from jaxtyping import UInt8
-from markupsafe import Markup
 from PIL import Image
 
-from colfolio.diagnosis.causes import HEALTHY, diagnose
-from colfolio.diagnosis.charts import run_marks, training_charts
+from colfolio.diagnosis.causes import HEALTHY, Diagnosis, diagnose
+from colfolio.diagnosis.charts import run_course, training_charts
+from colfolio.diagnosis.drawing import short, stretch_size
 from colfolio.diagnosis.heat_examples import HeatExample
 from colfolio.diagnosis.ledger_lines import compared_line, ledger_rows
-from colfolio.diagnosis.probe_charts import probe_charts, score_histograms
+from colfolio.diagnosis.part_charts import part_charts, part_rows, zero_gradients
+from colfolio.diagnosis.probe_charts import probe_charts, probe_rows, score_histograms
 from colfolio.diagnosis.run_evidence import evidence_of_log
 from colfolio.diagnosis.text_ledger import text_ledger_rows
 from colfolio.diagnosis.training_log import TrainingLog
@@ -54,11 +55,17 @@ class MetricLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Highlight:
-    """A number at the top of the report, ready to print, and what it stands beside."""
+    """A number at the top of the report, ready to print, and what it stands beside.
+
+    Args:
+        is_validation: it was measured on the run's validation split: where the diagnosis finds that
+            this measures nothing, the number says so.
+    """
 
     label: str
     value: str
     note: str = ""
+    is_validation: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,22 +193,37 @@ def image_uri(image: UInt8[np.ndarray, "height width 3"], max_width: int) -> str
 def _training_of(report: ReportData) -> dict[str, Any]:
     """What the report says of the training run, by the template's names."""
     log = report.log or TrainingLog((), ())
-    evidence, marks = evidence_of_log(log), run_marks(log)
-    curves = [
-        *training_charts(log, report.chance_ndcg),
-        *probe_charts(evidence.probes, marks),
-    ]
+    evidence, course = evidence_of_log(log), run_course(log)
+    probes = evidence.probes
+    diagnosis = diagnose(evidence) if log.steps or log.facts else None
+    doubt, parts = _doubt_of_validation(diagnosis), part_rows(log.steps)
     return {
-        "diagnosis": diagnose(evidence) if log.steps or log.facts else None,
+        "diagnosis": diagnosis,
         "healthy": HEALTHY,
-        "curves": [(title, Markup(svg)) for title, svg in curves],
-        "histograms": [(title, Markup(svg)) for title, svg in score_histograms(evidence.probes)],
+        "doubt": doubt,
+        "curves": training_charts(log, report.chance_ndcg, doubt),
+        "stretch": stretch_size(len(log.steps)),
+        "parts": parts,
+        "has_dead": any(part.last.dead is not None for part in parts),
+        "zero_gradients": zero_gradients(parts),
+        "part_curves": part_charts(log.steps, course),
+        "probe": probe_rows(probes),
+        "probe_steps": [probe.step for probe in (*probes[:1], *probes[1:][-1:])],
+        "probe_curves": probe_charts(probes, course),
+        "histograms": score_histograms(probes),
         "ledger": _ledger_of(log),
         "is_text": log.text_ledger is not None,
         "compared": compared_line(log.steps),
         "has_pool": any("negatives" in row.values for row in log.evaluations),
-        "marks": marks,
+        "marks": course.marks,
     }
+
+
+def _doubt_of_validation(diagnosis: Diagnosis | None) -> str:
+    """Why numbers of the validation split measure nothing; empty where that is not known."""
+    findings = diagnosis.findings if diagnosis else ()
+    leaked = [finding for finding in findings if finding.cause == "leaked_split"]
+    return f"Leaked: {' '.join(leaked[0].evidence)}" if leaked else ""
 
 
 def _ledger_of(log: TrainingLog) -> list[tuple[str, str]]:
@@ -220,6 +242,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["image_uri"] = image_uri
     environment.filters["duration"] = _duration
+    environment.filters["short"] = short
     return environment
 
 

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from colfolio.config import validated
 from colfolio.diagnosis.evidence import (
+    Checked,
     DataFacts,
     Evidence,
     Fault,
@@ -28,7 +29,8 @@ from colfolio.training.losses import LossSettings
 
 LOG_FILE, RECIPE_FILE = "log.jsonl", "recipe.yaml"
 _KINDS: dict[type, TypeAdapter[Any]] = {
-    kind: TypeAdapter(kind) for kind in (Settled, DataFacts, ModelFacts, ProbeSignals, Fault)
+    kind: TypeAdapter(kind)
+    for kind in (Settled, DataFacts, ModelFacts, ProbeSignals, Fault, Checked)
 }
 _ALWAYS_MEASURED = {each.name for each in fields(ProbeSignals) if each.default is MISSING}
 _Kind = TypeVar("_Kind")
@@ -40,32 +42,47 @@ def read_evidence(run_folder: Path) -> Evidence:
     Raises:
         ColfolioError: the folder holds neither a log nor a recipe.
     """
+    return read_run(run_folder)[0]
+
+
+def read_run(run_folder: Path) -> tuple[Evidence, tuple[str, ...]]:
+    """What `read_evidence` returns, and what of the folder could not be read, in sentences."""
     log, recipe = run_folder / LOG_FILE, run_folder / RECIPE_FILE
-    if not log.is_file() and not recipe.is_file():
+    if not log.exists() and not recipe.exists():
         raise ColfolioError(
             f"{run_folder}: holds no training run: there is neither {LOG_FILE} nor {RECIPE_FILE}; "
             "give the folder that a recipe names as `out`"
         )
-    found = read_log(log) if log.is_file() else TrainingLog((), ())
+    found, notes = TrainingLog((), ()), []
+    try:
+        found = read_log(log) if log.exists() else found
+    except ColfolioError as error:
+        notes.append(f"{error}.")
+    if found.num_unreadable:
+        lines = "line" if found.num_unreadable == 1 else "lines"
+        told = f"{found.num_unreadable} {lines} could not be read and said nothing"
+        notes.append(f"{log}: {told}; a run that was killed leaves one.")
     evidence = evidence_of_log(found)
-    asked = _settled_of_recipe(recipe)
+    asked = _settled_of_recipe(recipe, notes)
     if asked is not None and _newest(found.facts, "settled", Settled) is None:
         ranks = found.ledger.ranks if found.ledger else 1
         evidence = replace(evidence, settled=replace(asked, ranks=ranks))
-    return evidence
+    return evidence, tuple(notes)
 
 
 def evidence_of_log(log: TrainingLog) -> Evidence:
     """The evidence in a log; what it does not say is None, and a line that is damaged is left out.
 
-    Of facts that were noted several times the newest hold, but whether the weights had been trained
-    is of the beginning: a run that goes on has trained them itself.
+    Of facts that were noted several times the newest hold. But where the weights come from is of
+    the beginning: a run that goes on has trained them itself, and reads a checkpoint of its own.
     """
     probes = [_read(_with_nan(row), ProbeSignals) for row in log.probes]
+    checks = [_read(row, Checked) for row in log.checks]
     model = _newest(log.facts, "model", ModelFacts)
     first = _newest(log.facts[:1], "model", ModelFacts)
     if model is not None and first is not None:
-        model = replace(model, is_trained=first.is_trained)
+        fresh = first.fresh if first.fresh or model.fresh is None else model.fresh
+        model = replace(model, is_trained=first.is_trained, drawn=first.drawn, fresh=fresh)
     return Evidence(
         settled=_newest(log.facts, "settled", Settled) or _settled_of_ledger(log),
         steps=log.steps,
@@ -77,6 +94,7 @@ def evidence_of_log(log: TrainingLog) -> Evidence:
         skipped=fmean([step.is_skipped for step in log.steps]) if log.steps else 0.0,
         candidates=_mean(log.steps, lambda step: step.candidates),
         masked=_mean(log.steps, lambda step: step.masked),
+        checks=tuple(check for check in checks if check is not None),
     )
 
 
@@ -97,14 +115,26 @@ def settled_of(settings: TrainSettings, ranks: int = 1) -> Settled:
     )
 
 
-def _settled_of_recipe(path: Path) -> Settled | None:
-    """What the recipe of a run folder asks for; None if it cannot be read."""
+def _settled_of_recipe(path: Path, notes: list[str]) -> Settled | None:
+    """What the recipe of a run folder asks for; None if it cannot be read, and a note why."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         settings = validated(values["train"], TrainSettings, str(path))
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, RecipeError):
-        return None  # it is missing, or another version wrote it: the log then says what it can
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, RecipeError) as error:
+        # it is missing, or another version wrote it: the log then says what it can
+        notes.append(f"{path}: the recipe cannot be read ({_reason(path, error)}).")
+        return None
     return settled_of(settings)
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a recipe could not be read."""
+    if isinstance(error, RecipeError):
+        return str(error).removeprefix(f"{path}: ")
+    if isinstance(error, OSError):
+        return str(error.strerror)
+    is_text = isinstance(error, KeyError | TypeError)
+    return "it has no settings under train" if is_text else "it is no YAML"
 
 
 def _settled_of_ledger(log: TrainingLog) -> Settled:

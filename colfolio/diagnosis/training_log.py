@@ -103,6 +103,7 @@ class TrainingLog:
         diagnoses: what the run was told of itself while it went on, rising.
         fault: the numbers that ended it; None if it was not that.
         text_ledger: what a run of the objective `generation` has instead of a ledger.
+        checks: each that was made before the first step; none in the log of an older version.
     """
 
     steps: tuple[LoggedStep, ...]
@@ -114,6 +115,7 @@ class TrainingLog:
     diagnoses: tuple[Mapping[str, Any], ...] = ()
     fault: Mapping[str, Any] | None = None
     text_ledger: TextLedger | None = None
+    checks: tuple[Mapping[str, Any], ...] = ()
 
 
 def read_log(path: Path) -> TrainingLog:
@@ -130,6 +132,7 @@ def read_log(path: Path) -> TrainingLog:
     evaluations: dict[tuple[int, str], LoggedEvaluation] = {}
     others: dict[str, dict[int, Mapping[str, Any]]] = {"probe": {}, "diagnosis": {}}
     facts: list[Mapping[str, Any]] = []
+    checks: tuple[Mapping[str, Any], ...] = ()
     ledger, text_ledger, fault, num_unreadable = None, None, None, 0
     for line in filter(None, map(bytes.strip, lines)):
         try:
@@ -139,11 +142,14 @@ def read_log(path: Path) -> TrainingLog:
             ledger = _LEDGER.validate_python(row) if kind == "ledger" else ledger
             if kind == "text_ledger":
                 text_ledger = _TEXT_LEDGER.validate_python(row)
-            fault = row if kind == "fault" else fault
+            if kind in ("fault", "step"):  # a run that goes on does the step again
+                fault = row if kind == "fault" else None
             facts += [row] if kind == "facts" else []
+            checks = tuple(row["checks"]) if kind == "checks" else checks
             if kind in others:
                 others[kind][int(row["step"])] = row
-        except (ValueError, KeyError, TypeError):  # no JSON, a key is missing, not a number
+        # no JSON, a key is missing, not a number, or one that nobody means
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             num_unreadable += 1
     return TrainingLog(
         tuple(steps[step] for step in sorted(steps)),
@@ -155,6 +161,7 @@ def read_log(path: Path) -> TrainingLog:
         _rising(others["diagnosis"]),
         fault,
         text_ledger,
+        checks,
     )
 
 

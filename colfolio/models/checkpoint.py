@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from colfolio.data.prompts import IMAGE_TOKEN, VIDEO_TOKEN, Templates
-from colfolio.errors import CheckpointError
+from colfolio.errors import CheckpointError, TensorsError
 from colfolio.models import formats
 from colfolio.models.contract import PROJECTION, Contract, Source, check_contract, check_saved
 from colfolio.models.families import CONFIG_ERRORS, family_of
@@ -174,7 +174,7 @@ def check_shapes(
     """Refuse weights that are not exactly those of an architecture.
 
     Raises:
-        CheckpointError: lists all missing and unexpected names, and those of another shape.
+        TensorsError: lists all missing and unexpected names, and those of another shape.
     """
     missing = sorted(set(expected) - set(weights))
     unexpected = sorted(set(weights) - set(expected))
@@ -184,7 +184,7 @@ def check_shapes(
         if weights[name].shape != expected[name]
     ]
     if missing or unexpected or shapes:
-        raise CheckpointError(
+        raise TensorsError(
             f"{origin}: tensors do not fit the architecture. Missing: {listed(missing)}. "
             f"Unexpected: {listed(unexpected)}. Of another shape: {listed(shapes)}."
         )

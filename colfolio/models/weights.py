@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from colfolio.errors import CheckpointError
+from colfolio.errors import CheckpointError, NotFiniteError
 from colfolio.models.files import parse_json
 
 WEIGHTS_FILE = "model.safetensors"
@@ -74,7 +74,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         )
     endless = [name for name, tensor in weights.items() if not _is_finite(tensor)]
     if endless:
-        raise CheckpointError(f"{path}: NaN or infinite numbers in {listed(endless)}")
+        raise NotFiniteError(f"{path}: NaN or infinite numbers in {listed(endless)}")
     return weights
 
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -32,14 +33,15 @@ _FIRST_SCALE = 2.0**60
 
 @contextmanager
 def projection_drawn_anew() -> Iterator[None]:
-    """The load finds no projection in the files and draws one, another every time."""
+    """The load of a base finds no projection in the files and draws one, another every time."""
     load, numbers = retriever_module.load_adapted_parts, itertools.count()
 
     def loading(*arguments: Any, **options: Any) -> Any:
         backbone, projection, tokenizer, contract = load(*arguments, **options)
-        generator = torch.Generator().manual_seed(next(numbers))
-        with torch.no_grad():
-            projection.weight.normal_(std=0.05, generator=generator)
+        if "checkpoints" not in Path(arguments[0]).parts:  # which are whole
+            generator = torch.Generator().manual_seed(next(numbers))
+            with torch.no_grad():
+                projection.weight.normal_(std=0.05, generator=generator)
         return backbone, projection, tokenizer, contract
 
     with patch.object(retriever_module, "load_adapted_parts", loading):
@@ -199,7 +201,7 @@ def vision_detached() -> Iterator[None]:
 
 @contextmanager
 def scores_in_bf16() -> Iterator[None]:
-    """MaxSim is computed in bf16 wherever it is used."""
+    """MaxSim, which training and the probe have in common, is computed in bf16."""
 
     def rounded(queries: Any, documents: Any) -> Tensor:
         return maxsim(queries, documents).bfloat16().float()

@@ -25,8 +25,9 @@ from tokenizers import Regex, Tokenizer, normalizers
 
 from colfolio.commands.train import train_command
 from colfolio.data.dataset import load_dataset
-from colfolio.models import Shape, base_from_shape, train_tokenizer
+from colfolio.models import Retriever, Shape, base_from_shape, train_tokenizer
 from colfolio.models.adapters import is_adapter_folder
+from colfolio.models.contract import Source, hash_weights, projection_of
 
 _COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "grey": (128, 128, 128)}
 _OTHERS = {
@@ -43,6 +44,7 @@ _FAR = {
 }
 _ELDER = 1000  # added to the seed of what was trained on before
 _BIAS = 30.0
+_PROJECTION = 0.02
 _FOREIGN = 500  # added to the seed of a base that is not the adapter's
 
 
@@ -271,6 +273,26 @@ def _far(ground: Ground, folder: Path, seed: int) -> None:
     _trained(ground, folder, seed, "far")
 
 
+def _published(ground: Ground, folder: Path, seed: int) -> None:
+    """Weights from elsewhere with a projection that is fresh, as `colfolio init` makes of them."""
+    retriever = Retriever.from_pretrained(ground.base("far", seed))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        retriever.projection.weight.normal_(std=_PROJECTION, generator=generator)
+    weights = retriever.weights()
+    retriever.contract = retriever.contract.model_copy(
+        update={
+            "recipe": None,
+            "data": {},
+            "metrics": {},
+            "source": Source(name="published/backbone"),
+            "base_hash": hash_weights(weights),
+            "projection_hash": hash_weights(projection_of(weights)),
+        }
+    )
+    retriever.save_pretrained(folder)
+
+
 def _adapted(ground: Ground, folder: Path, seed: int) -> None:
     """An adapter that was trained on random weights."""
     train = {"steps": 60, "lora": {"rank": 16, "alpha": 32.0, "dropout": 0.0}}
@@ -306,6 +328,7 @@ _MAKERS: dict[str, Callable[[Ground, Path, int], None]] = {
     "latin": _latin,
     "trained": _trained,
     "far": _far,
+    "published": _published,
     "adapted": _adapted,
     "moved": _moved,
     "generator": _generator,

@@ -50,6 +50,7 @@ HEALTHY_RUNS: tuple[Trial, ...] = (
     _run("fp16", "arithmetic in fp16, whose loss is scaled", {"precision": "fp16", "steps": 60}),
     _run("trained", "a trained base goes on, on other images", {"steps": 40}, base="trained"),
     _run("other-field", "a base that was trained on another field", base="far"),
+    _run("published", "published weights with a fresh projection", base="published"),
     _run("lora", "adapters on a trained base", {"lora": _LORA}, base="trained"),
     _run(
         "lora-full",

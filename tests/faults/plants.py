@@ -260,6 +260,61 @@ PLANTS: tuple[Trial, ...] = (
         data="tiny",
         every=20,
     ),
+    Trial(
+        "rate-low-far",
+        "rate_too_low",
+        "a base that was trained on another field, at a rate of 1e-7",
+        {"optimiser": {"lr": 1e-7}, "steps": 40},
+        base="far",
+    ),
+    Trial(
+        "warmup-long-far",
+        "warmup_too_long",
+        "the same base, with a warm-up of 100,000 steps",
+        {"optimiser": {"warmup_steps": 100_000}, "steps": 40},
+        base="far",
+    ),
+    Trial(
+        "lora-rate-low",
+        "rate_too_low",
+        "adapters on the same base, at a rate of 1e-6",
+        {
+            "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
+            "optimiser": {"lr": 1e-6},
+            "steps": 40,
+        },
+        base="far",
+    ),
+    Trial(
+        "base-ruined",
+        "forgetting",
+        "a trained base, 8 rows and a rate that random weights would bear",
+        {"batch": {"rows": 8}, "optimiser": {"lr": 7.5e-3}, "steps": 50},
+        base="trained",
+    ),
+    Trial(
+        "base-torn",
+        "rate_too_high",
+        "a trained base at a rate of 0.05",
+        {"optimiser": {"lr": 0.05}, "steps": 50},
+        base="trained",
+    ),
+    Trial(
+        "norm-only-published",
+        "frozen_parts",
+        "all but the last norm is frozen, the fresh projection of published weights with it",
+        {"frozen": ["vision", "merger", "embedding", "layers", "projection"]},
+        base="published",
+    ),
+    Trial(
+        "pairwise-shuffled",
+        "wrong_labels",
+        "wrong labels under the pairwise loss, on a trained base",
+        {"loss": {"kind": "pairwise"}, "steps": 40},
+        data="shuffled",
+        base="trained",
+        is_early=True,
+    ),
 )
 
 # faults that leave nothing to tell them by, and what is said of them in their place

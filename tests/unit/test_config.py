@@ -38,6 +38,10 @@ class Bounds(Settings):
         return self
 
 
+class Stages(Settings):
+    stages: tuple[Bounds, ...] = ()
+
+
 def _in_capitals(text):
     if not text.isupper():
         raise ValueError(f"{text!r} is not in capitals")
@@ -112,6 +116,15 @@ def test_every_unknown_key_is_named_with_its_path(write):
         load_settings(write("nam: a\nname: b\ninner: {learning_rate: 1}"), Recipe)
     with pytest.raises(RecipeError, match=r"unknown key 'inner\.rate'"):
         load_settings(write("name: a"), Recipe, ["inner.rate=1"])
+
+
+def test_an_unknown_key_is_told_with_the_one_that_is_like_it_or_with_all_that_there_are(write):
+    with pytest.raises(RecipeError, match=r"unknown key 'stepps' \(did you mean 'steps'\?\)"):
+        load_settings(write("name: a\nstepps: 1"), Recipe)
+    with pytest.raises(RecipeError, match=r"unknown key 'inner\.speed' \(known are betas, lr\)"):
+        load_settings(write("name: a\ninner: {speed: 1}"), Recipe)
+    with pytest.raises(RecipeError, match=r"unknown key 'stages\.0\.leats' \(did you mean 'least'"):
+        validated({"stages": [{"leats": 1}]}, Stages, "recipe")
 
 
 def test_a_key_given_twice_is_refused(write):
@@ -265,6 +278,11 @@ def test_a_fault_of_an_override_is_in_no_line(write):
     path = write("name: a\ninner:\n  lr: 1")
     with pytest.raises(RecipeError, match=r"recipe\.yaml: inner\.lr: "):
         load_settings(path, Recipe, ["inner.lr=-1"])
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: unknown key 'inner\.rate'"):
+        load_settings(path, Recipe, ["inner.rate.high=1"])
+    both = write("name: a\ninner:\n  rate: {low: 1}")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:3: unknown key 'inner\.rate'"):
+        load_settings(both, Recipe, ["inner.rate.high=1"])
 
 
 def test_an_error_about_a_key_gets_the_line_of_the_recipe(write):

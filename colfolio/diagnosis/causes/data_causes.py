@@ -8,12 +8,14 @@ from colfolio.diagnosis.causes.thresholds import (
     AT_CHANCE,
     BLANK,
     BY_HEART,
+    CONFIDENT,
     CONTRADICTED,
     COPIES,
     GAP,
     LEAKED,
     LEAST_DOCUMENTS,
     MANY_COPIES,
+    NO_RANK,
     OFTEN_TOGETHER,
     OVER_FITTED,
     SHIFTED,
@@ -21,15 +23,16 @@ from colfolio.diagnosis.causes.thresholds import (
     TIMES_EXPECTED,
     TRUNCATED,
 )
+from colfolio.diagnosis.evidence import ProbeSignals
 
 
 def truncated(reading: Reading) -> Finding | RuledOut | None:
     """Images of which tokens are cut off."""
     data = reading.evidence.data
-    if data is None:
+    if data is None or data.truncated is None:
         return None
     if data.truncated < TRUNCATED:
-        return RuledOut("truncated_images", "every image has all tokens of its grid")
+        return RuledOut("truncated_images", f"{data.truncated:.0%} of the documents are cut off")
     return Finding(
         "truncated_images",
         "image tokens are cut off",
@@ -112,7 +115,10 @@ def leaked(reading: Reading) -> Finding | RuledOut | None:
     return Finding(
         "leaked_split",
         "what validation measures was trained on",
-        (f"{data.leaked:.0%} of the validation split's documents or queries stand in training.",),
+        (
+            f"{data.leaked:.0%} of the validation split's images, or of its queries with the image "
+            "that answers them, stand in training.",
+        ),
         "certain",
         "Take them out of training, and split by document and not by page: colfolio prepare does",
     )
@@ -147,13 +153,13 @@ def shifted_labels(reading: Reading) -> Finding | RuledOut | None:
 def wrong_labels(reading: Reading) -> Finding | RuledOut | None:
     """Labels that a model which already ranks well contradicts."""
     model, probe = reading.evidence.model, reading.first_probe
-    is_comparable = reading.settled.loss == "info_nce"  # others begin above chance by themselves
+    is_comparable = reading.settled.loss != "distillation"  # which goes by a teacher
     if model is None or probe is None or not is_comparable or not model.is_trained or model.fresh:
         return None
     if reading.steps and not reading.is_poor:
         return RuledOut("wrong_labels", "the model learns the labels")
     by_chance = 1 / max(1, probe.documents)
-    if probe.loss > CONTRADICTED * probe.chance and probe.accuracy <= TIMES_EXPECTED * by_chance:
+    if _contradicts(reading, probe) and probe.accuracy <= TIMES_EXPECTED * by_chance:
         return Finding(
             "wrong_labels",
             "labels contradict a model that was trained before",
@@ -164,11 +170,20 @@ def wrong_labels(reading: Reading) -> Finding | RuledOut | None:
                 f"{probe.chance:.2f}.",
             ),
             "likely",
-            "Read a few of these queries beside both documents: colfolio evaluate lists them",
+            "Read some queries of the training split beside the documents that they are labelled "
+            "with; the misses in report.html are of the validation split",
         )
     return RuledOut(
         "wrong_labels", f"the model agrees with {probe.accuracy:.0%} of the labels at the start"
     )
+
+
+def _contradicts(reading: Reading, probe: ProbeSignals) -> bool:
+    """Whether a probe prefers other documents than the labelled ones, and not by chance alone."""
+    if reading.settled.loss == "info_nce":
+        return probe.loss > CONTRADICTED * probe.chance
+    # other losses begin above chance by themselves
+    return probe.confident >= CONFIDENT and probe.rank >= NO_RANK * probe.documents
 
 
 def over_fitting(reading: Reading) -> Finding | RuledOut | None:
@@ -193,8 +208,9 @@ def over_fitting(reading: Reading) -> Finding | RuledOut | None:
                 f"{reading.recent.way:.0%} of its way.",
             ),
             "likely",
-            f"Take the checkpoint near step {best_step}; more data, fewer steps or fewer open "
-            "parts go further",
+            f"Begin again with fewer steps, or take a checkpoint from near step {best_step} if one "
+            "was kept (checkpoint.every, checkpoint.keep); more data or fewer open parts go "
+            "further",
             {"train.steps": str(best_step)},
         )
     return RuledOut("over_fitting", f"validation loss is {rise:.0%} of chance above its best")

@@ -12,7 +12,7 @@ HEALTHY, UNKNOWN = "healthy", "unknown"
 _BESIDE = {
     "certain": "",
     "likely": " This is likely, not certain.",
-    "possible": " This is possible; nothing else that is known explains it better.",
+    "possible": " This may have a part in it.",
 }
 
 
@@ -41,7 +41,7 @@ class Finding:
         settings = ", ".join(f"{key}={value}" for key, value in self.change.items())
         beside = f" ({settings})" if settings else ""
         evidence = " ".join(self.evidence)
-        doubt = "" if self.cause == HEALTHY else _BESIDE[self.sureness]
+        doubt = "" if self.cause in (HEALTHY, UNKNOWN) else _BESIDE[self.sureness]
         told = f"{self.title}. {evidence}{doubt} {self.action}{beside}."
         return told[0].upper() + told[1:]
 

@@ -1,30 +1,45 @@
-"""Causes that lie in how the run learns: its rate, its candidates, its length, its arithmetic."""
+"""Causes that lie in how the run learns: its candidates, its length, its arithmetic."""
 
 from __future__ import annotations
 
 from colfolio.diagnosis.causes.finding import Finding, RuledOut
+from colfolio.diagnosis.causes.mends import lower_rate, more_rows
 from colfolio.diagnosis.causes.reading import Reading
 from colfolio.diagnosis.causes.thresholds import (
     FEW_CANDIDATES,
     LEARNT,
-    LEAST_DISTANCE,
-    LEAST_UPDATE,
-    MOST_UPDATE,
     RANKED,
-    SHORT_WARMUP,
     SKIPPED,
-    SMALL_UPDATE,
+    SLOW_START,
     TORN_UPDATE,
 )
+
+_TENTH = 0.1
 
 
 def not_finite(reading: Reading) -> Finding | RuledOut | None:
     """Numbers that were no numbers."""
     fault = reading.evidence.fault
     if fault is None:
+        if not reading.steps:
+            return None
         return RuledOut("not_finite", "loss and gradient were finite in every step")
     where = f" It first shows in the output of {fault.module}." if fault.module else ""
     precision = reading.settled.precision
+    update = max(reading.largest_updates.values(), default=0.0)
+    if update > TORN_UPDATE:
+        return Finding(
+            "not_finite",
+            f"the {fault.what} is no longer a number",
+            (
+                f"Step {fault.step + 1} could not be done.{where} The largest steps before changed "
+                f"weights by {update:.0%} (0.1 % is usual).",
+            ),
+            "certain",
+            "Such steps tear weights apart in any precision: begin again from the base at a rate "
+            "at which they are as large as usual",
+            lower_rate(reading, _TENTH),
+        )
     return Finding(
         "not_finite",
         f"the {fault.what} is no longer a number",
@@ -39,6 +54,8 @@ def not_finite(reading: Reading) -> Finding | RuledOut | None:
 def overflow(reading: Reading) -> Finding | RuledOut | None:
     """Steps that half precision skipped."""
     share = reading.evidence.skipped
+    if not reading.evidence.steps:
+        return None
     if share <= SKIPPED:
         return RuledOut("overflow", f"{share:.0%} of the steps were skipped")
     return Finding(
@@ -51,85 +68,13 @@ def overflow(reading: Reading) -> Finding | RuledOut | None:
     )
 
 
-def rate_too_high(reading: Reading) -> Finding | RuledOut | None:
-    """Steps that tear the weights apart."""
-    level = reading.recent
-    if level is None or not reading.largest_updates:
-        return None
-    part, update = max(reading.largest_updates.items(), key=lambda item: item[1])
-    rate = reading.highest_rate
-    if update < MOST_UPDATE or level.way > LEARNT or reading.ranks(RANKED):
-        return RuledOut(
-            "rate_too_high", f"a step changes {part} by {update:.1e} of its weights at most"
-        )
-    return Finding(
-        "rate_too_high",
-        "the learning rate is too high",
-        (
-            f"The largest steps change {part} by {update:.0%} of its weights (0.1 % is usual), and "
-            f"the loss is {level.loss:.3f} with chance at {level.chance:.3f}.",
-        ),
-        "certain" if update > TORN_UPDATE else "likely",
-        "Begin again from the base at a tenth of the rate",
-        {} if rate is None else {"train.optimiser.lr": f"{rate / 10:.2g}"},
-    )
-
-
-def rate_too_low(reading: Reading) -> Finding | RuledOut | None:
-    """Steps that change nothing, for the rate is low or warm-up hardly over."""
-    level = reading.recent
-    if level is None or not reading.updates:
-        return None
-    part, update = max(reading.updates.items(), key=lambda item: item[1])
-    last, rate, settled = reading.last_probe, reading.highest_rate, reading.settled
-    moved = None if last is None else max(last.query_distance, last.document_distance)
-    has_stayed = moved is not None and moved < LEAST_DISTANCE
-    is_still = update < LEAST_UPDATE or (has_stayed and update < SMALL_UPDATE)
-    if not reading.is_poor or not is_still:
-        return RuledOut("rate_too_low", f"a step changes {part} by {update:.1e} of its weights")
-    evidence = [f"A step changes the weights of {part}, the most of all, by {update:.1e} of them."]
-    if moved is not None:
-        evidence.append(f"Vectors have turned by {moved:.1e} (1 - cosine) since the beginning.")
-    is_warming = bool(settled.warmup_steps and settled.steps and reading.steps) and _is_warming(
-        reading
-    )
-    if is_warming:
-        evidence.append(
-            f"The rate rises for {settled.warmup_steps} steps and came to {rate:.1e} of "
-            f"{settled.lr:.1e}."
-        )
-        return Finding(
-            "warmup_too_long",
-            "the run is in warm-up nearly all the time, and its rate stays low",
-            tuple(evidence),
-            "certain",
-            "Warm up for a tenth of the steps at most",
-            {"train.optimiser.warmup_steps": str(max(1, (settled.steps or 0) // 20))},
-        )
-    return Finding(
-        "rate_too_low",
-        "the learning rate is too low",
-        tuple(evidence),
-        "likely",
-        "Raise it tenfold; colfolio check finds the highest at which the loss still falls",
-        {} if rate is None else {"train.optimiser.lr": f"{rate * 10:.2g}"},
-    )
-
-
-def _is_warming(reading: Reading) -> bool:
-    settled, rate = reading.settled, reading.highest_rate
-    if not settled.warmup_steps or not settled.steps or settled.lr is None or rate is None:
-        return False
-    return settled.warmup_steps > SHORT_WARMUP * settled.steps and rate < 0.9 * settled.lr
-
-
 def few_candidates(reading: Reading) -> Finding | RuledOut | None:
     """A task too easy, or too noisy, to teach what a search asks for."""
     candidates, settled = reading.evidence.candidates, reading.settled
     if candidates is None or settled.loss == "distillation":  # a teacher grades the few it scored
         return None
     if candidates >= FEW_CANDIDATES:
-        return RuledOut("few_candidates", f"a query has {candidates:.0f} candidates")
+        return RuledOut("few_candidates", f"{candidates:.0f} for each query are enough")
     last, accuracy = reading.last_probe, reading.accuracy
     ranks_well = last is not None and last.accuracy >= RANKED
     if ranks_well:
@@ -146,10 +91,10 @@ def few_candidates(reading: Reading) -> Finding | RuledOut | None:
         "few_candidates",
         f"too few candidates{_by_which_setting(reading)}",
         tuple(evidence),
-        "likely",
+        "possible" if settled.loss == "pairwise" else "likely",  # one negative counts among any
         "Raise the rows of a batch, not the accumulation: with train.memory.chunk_tokens a large "
         "one costs no more memory, and the gradient is exact",
-        {"train.batch.rows": "128"} if settled.rows is None or settled.rows < 128 else {},
+        more_rows(reading),
     )
 
 
@@ -169,24 +114,46 @@ def _by_which_setting(reading: Reading) -> str:
 
 
 def not_started(reading: Reading) -> Finding | RuledOut | None:
-    """A loss at chance whose scores are still alive."""
+    """A loss that has not fallen, of scores that are still alive."""
     level = reading.recent
     if level is None or level.chance <= 0:
         return None
-    if not reading.is_at_chance or reading.ranks(RANKED):
+    steps = reading.steps[-1].step
+    is_early = steps < SLOW_START and level.way < LEARNT
+    is_standing = reading.is_at_chance or (is_early and not reading.has_learnt)
+    if not is_standing or reading.ranks(RANKED) or reading.was_good:
         return RuledOut("not_started", f"the loss has gone {level.way:.0%} of the way")
     if reading.has_collapsed:
-        return RuledOut("not_started", "scores are gone")
-    left = reading.spread_left
-    spread = "" if left is None else f" Scores spread by {left:.0%} of what they did at the start."
+        return RuledOut("not_started", "it had begun, and scores have gone since")
+    evidence = [
+        f"After {steps} {'step' if steps == 1 else 'steps'} the loss is {level.loss:.3f}, chance "
+        f"is {level.chance:.3f}."
+    ]
+    if reading.spread_left is not None:
+        evidence.append(
+            f"Scores spread {reading.spread_left:.2g} times as much as before the first step."
+        )
+    model = reading.evidence.model
+    is_trained = model is not None and bool(model.is_trained)
     return Finding(
         "not_started",
-        "learning has not begun yet",
-        (
-            f"After {reading.steps[-1].step} steps the loss is {level.loss:.3f}, chance is "
-            f"{level.chance:.3f}.{spread}",
-        ),
+        "learning has not begun yet"
+        if reading.is_at_chance
+        else "the loss has not fallen since the first steps",
+        tuple(evidence),
         "likely",
-        "Go on: models from random weights stand at chance for some hundred steps. If it lasts, "
-        "colfolio check shows whether one batch can be learnt",
+        _mend_of_waiting(reading, is_trained=is_trained, is_early=steps < SLOW_START),
     )
+
+
+def _mend_of_waiting(reading: Reading, *, is_trained: bool, is_early: bool) -> str:
+    assert reading.recent is not None
+    lasting = "if it lasts, colfolio check shows whether one batch can be learnt"
+    if reading.recent.way < -LEARNT:
+        bias = "lower train.loss.bias" if reading.settled.loss == "sigmoid" else "raise temperature"
+        return f"Scores are too large for this loss: {bias} until it begins near chance"
+    if not is_early:
+        return "Go on only if the loss has begun to move; " + lasting
+    if is_trained:
+        return "Go on: so few steps say little; " + lasting
+    return "Go on: models from random weights stand at chance for some hundred steps; " + lasting

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 from colfolio.diagnosis.causes.finding import Finding, RuledOut
 from colfolio.diagnosis.causes.reading import Reading
 
 _NO_EFFECT = 1e-6
+# of the numbers of a unit vector, that rounding alone makes; of a precision that is not known, most
+_ROUNDING = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 _POSITIONS = {
     "flattened": "image tokens get the positions of text, one after the other, not of a grid",
     "stale": "positions of another batch are used again",
@@ -23,11 +28,11 @@ _NAMED = 3
 def fresh_tensors(reading: Reading) -> Finding | RuledOut | None:
     """Weights that a load draws at random, so that nothing learnt fits them."""
     model = reading.evidence.model
-    if model is None:
+    if model is None or model.fresh is None:
         return None
-    if not model.fresh and model.is_reloaded_alike:
+    if not model.fresh:
         return RuledOut("fresh_tensors", "every tensor comes from the files, twice alike")
-    named = ", ".join(model.fresh[:_NAMED]) or "which ones is not known"
+    named = ", ".join(model.fresh[:_NAMED])
     more = f" and {len(model.fresh) - _NAMED} more" if len(model.fresh) > _NAMED else ""
     is_projection = any("proj" in name for name in model.fresh)
     what = "the projection is" if is_projection else "some weights are"
@@ -35,8 +40,8 @@ def fresh_tensors(reading: Reading) -> Finding | RuledOut | None:
         "fresh_tensors",
         f"{what} drawn anew at every load",
         (
-            f"The files lack {len(model.fresh) or 'some'} tensors ({named}{more}); two loads give "
-            "different weights, so what one run learns fits no other.",
+            f"Two loads give {len(model.fresh)} tensors other values ({named}{more}), so what one "
+            "run learns fits no other.",
         ),
         "certain",
         "Draw them once and save them: colfolio init MODEL --out BASE, then train from BASE",
@@ -74,11 +79,14 @@ def adapter(reading: Reading) -> Finding | RuledOut | None:
 def positions(reading: Reading) -> Finding | RuledOut | None:
     """Positions other than the model's scheme gives."""
     model = reading.evidence.model
-    if model is None:
+    if model is None or model.positions is None:
         return None
     if model.positions == "right":
         return RuledOut("positions", "the positions that reach the decoder are those of its scheme")
-    told = _POSITIONS.get(model.positions, f"positions are {model.positions}")
+    other = model.positions.replace("_", " ")
+    told = _POSITIONS.get(
+        model.positions, f"positions have a fault of which no more is known: {other}"
+    )
     return Finding(
         f"positions_{model.positions.replace(' ', '_')}",
         told,
@@ -92,7 +100,7 @@ def positions(reading: Reading) -> Finding | RuledOut | None:
 def template(reading: Reading) -> Finding | RuledOut | None:
     """Strings around queries and images that are not the contract's."""
     model = reading.evidence.model
-    if model is None:
+    if model is None or model.template_faults is None:
         return None
     if not model.template_faults:
         return RuledOut("wrong_template", "queries and images get the contract's templates")
@@ -106,18 +114,22 @@ def template(reading: Reading) -> Finding | RuledOut | None:
 
 
 def padding(reading: Reading) -> Finding | RuledOut | None:
-    """Rows that are padded on the side that the model does not expect."""
+    """Rows whose vectors are others beside another row, or its padding, than alone."""
     model = reading.evidence.model
-    if model is None:
+    if model is None or model.row_difference is None or not math.isfinite(model.row_difference):
         return None
-    if model.padding_side is None:
-        return RuledOut("padding_side", "no padding changes a vector")
+    told = f"{model.row_difference:.1e} at most between a row alone and beside another"
+    precision = reading.settled.precision or ""
+    limit = _ROUNDING.get(precision, max(_ROUNDING.values()))
+    if model.row_difference <= limit:
+        return RuledOut("padding_side", f"vectors differ by {told}")
     return Finding(
         "padding_side",
-        f"rows are padded on the {model.padding_side}, which changes the vectors",
-        ("The same row has other vectors alone than beside a longer one.",),
+        "tokens of other rows, or padding, reach a row",
+        (f"The numbers of a vector differ by {told}; rounding gives {limit:.0e}.",),
         "certain",
-        "Set the tokenizer's padding_side to the other side, or pack the rows",
+        "Let attention end where a row does: where rows are padded, set the side and the mask that "
+        "the model was trained with; where they are packed, set train.attention to sdpa",
     )
 
 
@@ -145,16 +157,17 @@ def dead_part(reading: Reading) -> Finding | RuledOut | None:
 def frozen_parts(reading: Reading) -> Finding | RuledOut | None:
     """Parts with random weights that never train."""
     model = reading.evidence.model
-    if model is None or reading.recent is None:
+    if model is None or model.drawn is None or reading.recent is None:
         return None
-    held = {part: count for part, count in model.frozen.items() if part not in model.trains}
-    if not held:
+    frozen = {part: count for part, count in model.frozen.items() if part not in model.trains}
+    if not frozen:
         return RuledOut("frozen_parts", "no part is wholly frozen")
-    if model.is_trained:
+    held = {part: count for part, count in frozen.items() if part in model.drawn}
+    if not held:
         return RuledOut("frozen_parts", "what is frozen was trained before")
-    if not reading.is_poor:
+    if reading.has_learnt or reading.was_good or (reading.gain is None and not reading.is_poor):
         return RuledOut("frozen_parts", "the loss falls with them frozen")
-    share = sum(held.values()) / max(1, sum(held.values()) + sum(model.trains.values()))
+    share = sum(held.values()) / (sum(frozen.values()) + sum(model.trains.values()))
     return Finding(
         "frozen_parts",
         f"{', '.join(held)} must learn and cannot: frozen at random weights",
@@ -163,6 +176,13 @@ def frozen_parts(reading: Reading) -> Finding | RuledOut | None:
             f"loss stands at {reading.recent.loss:.3f} with chance at {reading.recent.chance:.3f}.",
         ),
         "likely",
-        "Open them from the start, or by a stage of thaw",
-        {"train.frozen": "[]"},
+        *_mend_of_frozen(held, has_adapters="adapters" in model.trains),
     )
+
+
+def _mend_of_frozen(held: Mapping[str, int], *, has_adapters: bool) -> tuple[str, dict[str, str]]:
+    if not has_adapters:
+        return "Open them from the start, or by a stage of thaw", {"train.frozen": "[]"}
+    if list(held) == ["projection"]:
+        return "Train it wholly beside the adapters", {"train.lora.projection": "full"}
+    return "Train without train.lora: adapters are for a base that was trained before", {}

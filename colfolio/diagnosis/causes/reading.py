@@ -9,14 +9,20 @@ from functools import cached_property
 
 from colfolio.diagnosis.causes.thresholds import (
     AT_CHANCE,
+    BETTER_RANKED,
+    GAINED,
     GONE_SPREAD,
+    LEARNT,
     RANKED,
+    SILENT,
+    SLIGHT,
     STARTED,
 )
 from colfolio.diagnosis.evidence import Evidence, ProbeSignals
 from colfolio.diagnosis.training_log import LoggedStep
 
 _MOST_RECENT = 50
+_MOST_FIRST = 10
 _FEWEST = 10  # rows of a log that may have one for every ten steps
 _DEVIATIONS = 2.0
 _LARGEST = 5  # steps
@@ -61,6 +67,11 @@ class Reading:
         middle = len(self.steps) // 2
         chosen = self.steps[max(0, middle - self.num_recent) : middle]
         return self.level(chosen) if chosen else None
+
+    @cached_property
+    def beginning(self) -> Level | None:
+        """The loss of the first steps."""
+        return self.level(self.steps[: min(_MOST_FIRST, self.num_recent)])
 
     def level(self, steps: Sequence[LoggedStep]) -> Level | None:
         """The mean loss of some steps."""
@@ -111,6 +122,54 @@ class Reading:
         return now.way - before.way > _DEVIATIONS * noise / max(now.chance - now.floor, 1e-9)
 
     @cached_property
+    def gain(self) -> float | None:
+        """Share of the way that the loss has come since the first steps, or lost if negative.
+
+        A loss above chance has no way behind it. The probe says it without the noise of batches.
+        """
+        first, last, now = self.first_probe, self.last_probe, self.recent
+        if first is not None and last is not None:
+            return max(0.0, _way(last)) - max(0.0, _way(first))
+        if now is None or self.beginning is None:
+            return None
+        return max(0.0, now.way) - max(0.0, self.beginning.way)
+
+    @cached_property
+    def gain_noise(self) -> float:
+        """What the gain may be by the noise of batches alone."""
+        now, begun = self.recent, self.beginning
+        if now is None or begun is None or (self.first_probe and self.last_probe):
+            return 0.0
+        noise = math.hypot(now.error, begun.error)
+        return _DEVIATIONS * noise / max(now.chance - now.floor, 1e-9)
+
+    @cached_property
+    def has_gained(self) -> bool:
+        """Whether the loss is clearly lower than in the first steps, or more answers rank first."""
+        if self.gain is None:
+            return False
+        first, last = self.first_probe, self.last_probe
+        if first and last and last.accuracy - first.accuracy > BETTER_RANKED:
+            return True
+        return self.gain > GAINED + self.gain_noise
+
+    @cached_property
+    def has_learnt(self) -> bool:
+        """The same, or whether a loss that falls has fallen a little already."""
+        if self.has_gained or self.gain is None:
+            return self.has_gained
+        return self.is_falling and self.gain > max(SLIGHT, self.gain_noise)
+
+    @cached_property
+    def was_good(self) -> bool:
+        """Whether the model could rank before the first step; a log of losses does not say it."""
+        first = self.first_probe
+        if first is not None:
+            return first.accuracy >= RANKED or _way(first) > LEARNT
+        begun = self.beginning
+        return self.accuracy is not None and begun is not None and begun.way > LEARNT
+
+    @cached_property
     def first_probe(self) -> ProbeSignals | None:
         """Before the first step; None if that was not measured."""
         probes = self.evidence.probes
@@ -134,7 +193,7 @@ class Reading:
         """Whether scores no longer tell documents apart though they once did; None: not known.
 
         Without a probe, by how still the loss stands: of scores that differ, it moves with the
-        batch.
+        batch. Where it never moved, whether scores differed once is not known.
         """
         if self.spread_left is not None:
             return self.spread_left < GONE_SPREAD
@@ -142,8 +201,24 @@ class Reading:
         if level is None or len(self.steps) < _FEWEST or self.steps[-1].step < 2 * _MOST_RECENT:
             return None
         losses = [step.loss for step in self.steps[-min(_MOST_RECENT, len(self.steps) // 2) :]]
-        largest = max(abs(loss - level.chance) for loss in losses)
-        return largest < 0.005 * level.chance
+        still = 0.005 * level.chance
+        if max(abs(loss - level.chance) for loss in losses) >= still:
+            return False
+        has_moved = any(abs(step.loss - level.chance) >= still for step in self.steps)
+        return True if has_moved else None
+
+    @cached_property
+    def has_gone_silent(self) -> bool:
+        """Whether gradients were there once and are next to none now, in every part."""
+        recent = self.steps[-self.num_recent :]
+        if not any(self.largest_gradients.values()):
+            return False
+        return all(
+            step.parts[part].gradient_norm <= SILENT * largest
+            for part, largest in self.largest_gradients.items()
+            for step in recent
+            if part in step.parts
+        )
 
     @cached_property
     def highest_rate(self) -> float | None:
@@ -209,3 +284,8 @@ class Reading:
             for step, values in rows
             if "loss" in values and "chance" in values
         ]
+
+
+def _way(probe: ProbeSignals) -> float:
+    """Share of the way from chance, 0, to floor, 1, of the probe's loss."""
+    return (probe.chance - probe.loss) / max(probe.chance - probe.floor, 1e-9)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 from colfolio.diagnosis.causes.finding import Finding, RuledOut
+from colfolio.diagnosis.causes.mends import lower_rate, more_rows
 from colfolio.diagnosis.causes.reading import Reading
 from colfolio.diagnosis.causes.thresholds import (
+    FEW_CANDIDATES,
     FLAT_START,
     HIGH_FLOOR,
     LEARNT,
     MOSTLY_RANKED,
+    NEAR_CHANCE,
     NO_ROOM,
     RANKED,
     ROUGH,
@@ -20,6 +25,13 @@ from colfolio.diagnosis.causes.thresholds import (
 )
 from colfolio.diagnosis.evidence import ProbeSignals
 
+_THIRD = 1 / 3
+_LEAST_STEPS = 10
+_WRONG_LABELS = (
+    "If it collapses all the same, read some queries beside their documents: where labels are "
+    "wrong, or no image answers its query, equal scores are the best there is"
+)
+
 
 def collapsed(reading: Reading) -> Finding | RuledOut | None:
     """All documents score alike, and once did not."""
@@ -29,8 +41,8 @@ def collapsed(reading: Reading) -> Finding | RuledOut | None:
         return None
     if not gone or not reading.is_at_chance:
         left = reading.spread_left
-        why = "the loss still moves" if left is None else f"{left:.0%} of the spread is left"
-        return RuledOut("collapsed", f"scores tell documents apart: {why}")
+        why = "the loss moves" if left is None else f"the spread is {left:.2g} of the first"
+        return RuledOut("collapsed", f"scores still tell documents apart: {why}")
     evidence = [f"The loss is {level.loss:.4f} and chance is {level.chance:.4f}."]
     first, last = reading.first_probe, reading.last_probe
     if first is not None and last is not None:
@@ -41,31 +53,69 @@ def collapsed(reading: Reading) -> Finding | RuledOut | None:
             f"{last.dim}."
         )
     else:
-        evidence.append("It stands still at chance, which only equal scores do.")
+        evidence.append("It stands still there, as the loss of equal scores does.")
+    is_final = reading.has_gone_silent
+    if is_final:
+        evidence.append("Gradients are next to 0 in every part.")
     return Finding(
         "collapsed",
         "the model has collapsed: it gives all documents the same score",
         tuple(evidence),
-        "certain" if last is not None else "likely",
-        *_mend_of_collapse(reading),
+        "certain" if last is not None and is_final else "likely",
+        *_mend_of_collapse(reading, is_final=is_final),
     )
 
 
-def _mend_of_collapse(reading: Reading) -> tuple[str, dict[str, str]]:
-    settled = reading.settled
-    if settled.loss == "pairwise":
+def _mend_of_collapse(reading: Reading, *, is_final: bool) -> tuple[str, dict[str, str]]:
+    candidates = reading.evidence.candidates
+    if reading.settled.loss == "pairwise":
+        told, change = _mend_of_pairwise(reading)
+        return f"{told}. {_WRONG_LABELS}", change
+    if is_final or reading.last_probe is None:
+        begin = "Begin again from the base"
+    else:
+        begin = "Go on and see whether scores come apart again, or begin again from the base"
+    if candidates is not None and candidates < FEW_CANDIDATES:
         return (
-            "The pairwise loss is least hurt by scores that are all equal, at any size of batch; "
-            "InfoNCE over many candidates is not: begin again from the base with it",
-            {"train.loss.kind": "info_nce"},
+            f"{begin}: with so few candidates equal scores cost little. {_WRONG_LABELS}",
+            more_rows(reading),
         )
-    lower = None if settled.lr is None else f"{settled.lr / 3:.2g}"
     return (
-        "Begin again from the base: a collapsed model gives no gradient back. A lower rate, a "
-        "longer warm-up or a higher temperature keeps it from collapsing. If it collapses all the "
-        "same, read some queries beside their documents: where labels are wrong, or no image "
-        "answers its query, equal scores are the best there is",
-        {} if lower is None else {"train.optimiser.lr": lower},
+        f"{begin}: a lower rate, a longer warm-up or a higher temperature keeps it from "
+        f"collapsing. {_WRONG_LABELS}",
+        lower_rate(reading, _THIRD),
+    )
+
+
+def pairwise_loss(reading: Reading) -> Finding | RuledOut | None:
+    """A loss at ln 2 that the pairwise loss itself holds there, before scores are all equal."""
+    level, model = reading.recent, reading.evidence.model
+    if level is None or reading.settled.loss != "pairwise" or len(reading.steps) < _LEAST_STEPS:
+        return None
+    if model is not None and model.is_trained:
+        return RuledOut("pairwise_loss", "the model was trained before, and may bear it")
+    if abs(level.loss - level.chance) > NEAR_CHANCE * level.chance or reading.ranks(MOSTLY_RANKED):
+        return RuledOut("pairwise_loss", f"the loss is {level.loss:.3f} and has left ln 2")
+    if reading.has_collapsed:
+        return RuledOut("pairwise_loss", "it has done what it does: scores are equal by now")
+    return Finding(
+        "pairwise_loss",
+        "the pairwise loss holds the model at ln 2, whatever the size of the batch",
+        (
+            f"The loss is {level.loss:.4f} and chance is {level.chance:.4f}. Where scores differ "
+            "and say nothing, the hardest negative stands above the answer and the loss above "
+            "ln 2: near it scores are nearly equal.",
+        ),
+        "likely",
+        *_mend_of_pairwise(reading),
+    )
+
+
+def _mend_of_pairwise(reading: Reading) -> tuple[str, dict[str, str]]:
+    return (
+        "The pairwise loss is least hurt by scores that are all equal, at any size of batch; "
+        "InfoNCE over many candidates is not: begin again from the base with it",
+        {"train.loss.kind": "info_nce"} | more_rows(reading),
     )
 
 
@@ -88,6 +138,8 @@ def images_unseen(reading: Reading) -> Finding | RuledOut | None:
             f"Before the first step the scores of a query spread by {probe.spread:.1g} over its "
             f"{probe.documents} documents, though vectors of different queries have a mean cosine "
             f"of {probe.query_cosine:.2f} alone.",
+            f"{probe.same_winner:.0%} of the query tokens have their best match at the same place "
+            "of nearly every document.",
         ),
         "certain",
         "Look at what enters the vision tower: patches that are all alike, pixels that were scaled "
@@ -126,7 +178,7 @@ def _are_queries_alike(probe: ProbeSignals) -> bool:
 def rounded_scores(reading: Reading) -> Finding | RuledOut | None:
     """Scores kept in too few bits to be told apart."""
     probe = reading.first_probe
-    if probe is None:
+    if probe is None or not math.isfinite(probe.score_error):
         return None
     # scores that hardly differ are rough beside their spread even in float32, but not beside 1
     largest = max(map(abs, probe.edges)) or 1.0

@@ -2,7 +2,7 @@
 
 from colfolio.diagnosis.planning.chunking import Chunking
 from colfolio.diagnosis.planning.fixed_memory import Part
-from colfolio.diagnosis.planning.machine import GPUS, Machine, named_gpu, this_machine
+from colfolio.diagnosis.planning.machine import GPUS, Machine, memory_here, named_gpu, this_machine
 from colfolio.diagnosis.planning.plan import MARGIN, Plan, make_plan
 from colfolio.diagnosis.planning.row_sizes import (
     BatchSize,
@@ -27,6 +27,7 @@ __all__ = [
     "make_plan",
     "measured_sizes",
     "measured_text",
+    "memory_here",
     "named_gpu",
     "this_machine",
 ]

@@ -109,7 +109,7 @@ def this_machine(ranks: int) -> Machine:
         return Machine(found.name, found.total_memory, device)
     cores = os.cpu_count() or 1
     name = f"this machine ({cores} cores)"
-    return Machine(name, _memory_here() // ranks, torch.device("cpu"), sharers=ranks)
+    return Machine(name, memory_here() // ranks, torch.device("cpu"), sharers=ranks)
 
 
 def numerics_of(settings: TrainSettings, machine: Machine, ranks: int) -> Numerics:
@@ -173,7 +173,7 @@ def _measured(
     return 2 * rows * width * inner / best
 
 
-def _memory_here() -> int:
+def memory_here() -> int:
     """Memory of the machine, or of the container that this process is in."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in map(Path, _CGROUP_LIMITS):

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from colfolio.errors import ColfolioError
-
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -43,7 +41,7 @@ def run_checks(asked: Mapping[str, Asked]) -> Iterator[Check]:
         begin = time.perf_counter()
         try:
             yield timed(ask)
-        except (ColfolioError, FloatingPointError, torch.OutOfMemoryError) as error:
+        except (ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
             yield Check(name, False, str(error), seconds=time.perf_counter() - begin)
 
 

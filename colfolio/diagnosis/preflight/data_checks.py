@@ -10,19 +10,24 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from colfolio.data.dataset import RetrievalDataset
-from colfolio.diagnosis.causes.thresholds import COPIES, LEAKED
-from colfolio.diagnosis.evidence import DataFacts
+from colfolio.diagnosis.causes import data_causes
+from colfolio.diagnosis.causes.learning_causes import few_candidates
+from colfolio.diagnosis.evidence import DataFacts, Evidence, Settled
 from colfolio.diagnosis.ledger import Ledger
 from colfolio.diagnosis.preflight.check import Check
+from colfolio.diagnosis.preflight.rule_checks import ruled
 from colfolio.diagnosis.preflight.trial import Trial
 from colfolio.errors import RecipeError
 from colfolio.training import TrainSettings
 
-CANDIDATES, ANSWERS, COPIED, SPLITS = (
+CANDIDATES, ENOUGH, ANSWERS, BLANK, COPIED, SPLITS, ORDER = (
     "candidates",
+    "enough candidates",
     "answers of a batch",
+    "pages show something",
     "no answer is a negative",
     "nothing in two splits",
+    "batches are drawn anew",
 )
 
 
@@ -75,31 +80,39 @@ def answers(trial: Trial) -> Check:
     )
 
 
-def no_false_negatives(facts: Callable[[], DataFacts]) -> Check:
+def enough_candidates(count: Callable[[], Ledger], settled: Settled) -> Check:
+    """A query has enough to be told from; if it has not, the setting that makes them few is named.
+
+    Args:
+        count: makes the ledger of the run.
+    """
+    ledger = count()
+    few, masked = ledger.candidates.median, sum(ledger.left_out.values())
+    return ruled(ENOUGH, Evidence(settled, candidates=few, masked=masked), few_candidates)
+
+
+def pages_show_something(facts: Callable[[], DataFacts], settled: Settled) -> Check:
+    """Few images are of one colour throughout."""
+    return ruled(BLANK, Evidence(settled, data=facts()), data_causes.blank)
+
+
+def no_false_negatives(facts: Callable[[], DataFacts], settled: Settled) -> Check:
     """No candidate of a query is its answer again, by its pixels or by the text that it answers."""
-    copies = facts().copies
-    told = f"{copies:.2%} of the candidates of a query are copies of its answer"
-    if copies < COPIES:
-        return Check(COPIED, True, told)
-    mend = "set train.batch.ignore_copies to exact, or to near, or remove copies from the data"
-    return Check(COPIED, False, f"{told}, and are pushed away; {mend}", "false_negatives")
+    return ruled(COPIED, Evidence(settled, data=facts()), data_causes.false_negatives)
 
 
-def splits_apart(facts: Callable[[], DataFacts]) -> Check:
+def splits_apart(facts: Callable[[], DataFacts], settled: Settled) -> Check:
     """Training has neither the images nor the new queries of the validation split."""
+    return ruled(SPLITS, Evidence(settled, data=facts()), data_causes.leaked)
+
+
+def drawn_anew(facts: Callable[[], DataFacts], settled: Settled) -> Check:
+    """Batches are not the same every epoch, nor stretches of the data set."""
     found = facts()
-    if found.validation_documents is None:
-        return Check(SPLITS, True, "the recipe validates on no split")
-    told = f"training has {found.leaked:.1%} of the validation split's images or queries"
-    if found.leaked < LEAKED:
-        return Check(SPLITS, True, told)
-    return Check(
-        SPLITS,
-        False,
-        f"{told}, so that validation measures what was learnt by heart; take them out of training, "
-        "and split by document",
-        "leaked_split",
-    )
+    shares = {"of the rows of a batch meet again": found.epoch_overlap}
+    shares |= {"have the next row beside them": found.neighbours}
+    told = ", ".join(f"{share:.1%} {what}" for what, share in shares.items() if share is not None)
+    return ruled(ORDER, Evidence(settled, data=found), data_causes.fixed_order, told=told)
 
 
 def _judged(

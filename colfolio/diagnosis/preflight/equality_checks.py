@@ -11,13 +11,21 @@ from torch import Tensor
 
 from colfolio.batch import ContrastiveBatch, MultiVectors, Packed
 from colfolio.diagnosis.preflight.check import Check
-from colfolio.diagnosis.preflight.steps import Steps
+from colfolio.diagnosis.preflight.steps import FACTORS, WAY, Steps
 from colfolio.diagnosis.preflight.trial import (
     Trial,
     as_found,
     encoded,
     scores_of,
     settled,
+)
+from colfolio.diagnosis.preflight.vector_checks import (
+    ALONE,
+    ROUNDING,
+    SAVED,
+    alike,
+    largest,
+    most_apart,
 )
 from colfolio.maxsim import maxsim
 from colfolio.models.encoding import evaluating
@@ -28,40 +36,32 @@ from colfolio.training.exact_batch import ExactBatch, MemorySettings
 from colfolio.training.graph_budget import GraphBudget
 from colfolio.training.retrieval_objective import batch_loss
 
-ALONE, CHUNKS, SAVED, HALF = (
-    "a row does not depend on its batch",
-    "chunks give the gradient of the whole",
-    "saved and loaded alike",
-    "half precision ranks alike",
-)
-# of the numbers of a unit vector, whose rounding depends on the shapes of products
-_ROUNDING: dict[SettledPrecision, float] = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+CHUNKS, HALF = "chunks give the gradient of the whole", "half precision ranks alike"
 _OF_GRADIENT = 1e-3  # of its norm, in float32
 _MOST_TOKENS = 4096  # of documents whose graph is held at once
 _MIB = 2**20
 _ROOM = 1.1
 _RANKED_ALIKE = 0.95
 _OF_MARGIN = 0.5
+_EQUAL = 1e-6  # spread of scores, of the largest: rounding in float32
 
 
 def rows_alone(trial: Trial) -> Check:
     """Vectors of a row that goes through the model alone are those that it has in a batch."""
     precision = settled(trial)
     found = {
-        side: _most_apart(encoded(trial, packed), [encoded(trial, row) for row in _each(packed)])
+        side: most_apart(
+            list(encoded(trial, packed)), [encoded(trial, row)[0] for row in _each(packed)]
+        )
         for side, packed in _sides(trial).items()
     }
     told = ", ".join(f"{side} {apart:.1e}" for side, apart in found.items())
-    told = f"vectors differ by at most {told} ({precision})"
-    if max(found.values()) <= _ROUNDING[precision]:
-        return Check(ALONE, True, told)
-    return Check(
-        ALONE,
-        False,
-        f"{told}, where rounding alone gives {_ROUNDING[precision]:.0e}: tokens of other rows "
-        "reach a row; set train.attention to sdpa, and if that mends it, report the kernel",
-        "padding_side",
+    mend = (
+        ": tokens of other rows reach a row; set train.attention to sdpa, and if that mends it, "
+        "report the kernel"
     )
+    told, most = f"{told} ({precision})", ROUNDING[precision]
+    return alike(ALONE, largest(found.values()), most, told, "padding_side", mend)
 
 
 def chunks_alike(trial: Trial) -> Check:
@@ -77,6 +77,10 @@ def chunks_alike(trial: Trial) -> Check:
         ExactBatch(model, settings, "fp32").backward(batch, batch_loss(trial.state, batch), seed=0)
         apart = {name: (tensor - plain[name]).norm() for name, tensor in _gradients(model).items()}
     norm = torch.stack([tensor.norm() for tensor in plain.values()]).norm()
+    if norm == 0:
+        return Check(
+            CHUNKS, True, f"there is no gradient: its norm is 0 ({len(batch.queries)} rows)"
+        )
     share = float(torch.stack(list(apart.values())).norm() / norm)
     told = f"they differ by {share:.1e} of its norm {float(norm):.2e} ({len(batch.queries)} rows)"
     if share <= _OF_GRADIENT:
@@ -90,22 +94,26 @@ def chunks_alike(trial: Trial) -> Check:
 
 
 def half_precision(trial: Trial) -> Check:
-    """Scores in half precision rank documents as those in float32, once a batch is learnt."""
+    """Scores in half precision rank documents as those in float32, once a batch is learnt.
+
+    It is learnt at whichever of the tried rates it can be; if at none, nothing is.
+    """
     own = trial.state.settings.precision
     half: SettledPrecision = "fp16" if own == "fp16" else "bf16"
-    with as_found(trial):
-        Steps(trial).descend(1.0)
-        wide, narrow = (scores_of(trial, precision) for precision in ("fp32", half))
+    wide, narrow = _both_precisions(trial, half)
     correlation = rank_correlation(wide, narrow)
     difference = float((wide - narrow).abs().max())
-    share = difference / max(_margin(wide, trial.batch), 1e-12)
+    spread = float(wide.std(dim=1, correction=0).mean())
+    if spread <= _EQUAL * float(wide.abs().max()):
+        return Check(HALF, True, f"all scores of a query are equal: they spread by {spread:.1e}")
+    width = max(_margin(wide, trial.batch), spread)
     told = (
         f"rank correlation {correlation:.3f} between {half} and fp32; scores differ by at most "
-        f"{difference:.2g}, {share:.2g} of the median margin"
+        f"{difference:.2g}, and those of answers and negatives by {width:.2g}"
     )
     if own == "fp32":
         return Check(HALF, True, f"the run computes in fp32; {told}")
-    if correlation >= _RANKED_ALIKE and share <= _OF_MARGIN:
+    if correlation >= _RANKED_ALIKE and difference <= _OF_MARGIN * width:
         return Check(HALF, True, told)
     return Check(HALF, False, f"{told}; set train.precision to fp32", "rounded_scores")
 
@@ -125,8 +133,8 @@ def saved_and_loaded(trial: Trial, base: str) -> Check:
         loaded = Retriever.from_pretrained(
             Path(place) / "model", device=model.device, dtype=torch.float32
         )
-        apart = max(
-            _most_apart(encoded(trial, packed, "fp32"), [_vectors(loaded, packed)])
+        apart = largest(
+            most_apart(list(encoded(trial, packed, "fp32")), list(_vectors(loaded, packed)))
             for packed in _sides(trial).values()
         )
         is_used_alike = loaded.contract.deciding() == model.contract.deciding()
@@ -134,7 +142,7 @@ def saved_and_loaded(trial: Trial, base: str) -> Check:
     if not is_used_alike:
         told += ", and their contract another use: templates, pixels or positions are not the same"
         return Check(SAVED, False, told, "wrong_template")
-    if apart <= _ROUNDING["fp32"]:
+    if apart <= ROUNDING["fp32"]:
         return Check(SAVED, True, told)
     return Check(
         SAVED,
@@ -172,12 +180,13 @@ def _vectors(model: Retriever, packed: Packed) -> MultiVectors:
     return model(packed.to(model.device))
 
 
-def _most_apart(together: MultiVectors, parts: list[MultiVectors]) -> float:
-    """The largest difference of a number of a vector; infinite where there are other vectors."""
-    others = MultiVectors.cat(parts)
-    if not torch.equal(together.offsets, others.offsets):
-        return float("inf")
-    return float((together.vectors - others.vectors).abs().max())
+def _both_precisions(trial: Trial, half: SettledPrecision) -> tuple[Tensor, Tensor]:
+    """Scores of the batch in float32 and in half precision."""
+    for factor in FACTORS:
+        with as_found(trial):
+            if Steps(trial).descend(factor).way >= WAY:
+                return scores_of(trial, "fp32"), scores_of(trial, half)
+    return scores_of(trial, "fp32"), scores_of(trial, half)
 
 
 def _few_rows(batch: ContrastiveBatch) -> ContrastiveBatch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from colfolio.batch import Packed
 from colfolio.data.prompts import QUERY_SLOT, Templates
 from colfolio.diagnosis.preflight import input_checks
 from colfolio.diagnosis.preflight.check import Check, run_checks
+from colfolio.diagnosis.preflight.input_checks import POSITIONS
 from colfolio.diagnosis.preflight.library_model import (
     SIDES,
     LibraryModel,
@@ -30,8 +31,27 @@ from colfolio.diagnosis.preflight.subject import (
     read,
     subject_of,
 )
-from colfolio.errors import CheckpointError, ColfolioError
-from colfolio.models.adapters import adapter_in, save_adapter
+from colfolio.diagnosis.preflight.vector_checks import (
+    ADAPTER,
+    ALONE,
+    APART,
+    ROUNDING,
+    SAVED,
+    adapter_works,
+    alike,
+    largest,
+    most_apart,
+    tells_apart,
+)
+from colfolio.errors import (
+    CheckpointError,
+    ColfolioError,
+    NotFiniteError,
+    OtherBaseError,
+    TemplatesError,
+    TensorsError,
+)
+from colfolio.models.adapters import adapter_in, has_adapter, save_adapter
 from colfolio.models.encoding import evaluating
 from colfolio.models.formats import Found, write
 from colfolio.models.formats.chat import whole_query
@@ -42,18 +62,13 @@ from colfolio.models.formats.usage import (
 )
 from colfolio.models.hub import Location, locate
 from colfolio.models.lora.files import is_adapter_folder
+from colfolio.models.precision import SettledPrecision
 from colfolio.models.retriever import Retriever
 from colfolio.models.shell import Shell, shell_of
 from colfolio.models.weights import listed
 from colfolio.mrope import IMAGE, VIDEO, Verdict, watch
 
-LOADS, POSITIONS, TEMPLATE, BATCH, ROUND_TRIP = (
-    "loads",
-    "positions",
-    "template",
-    "a row does not depend on its batch",
-    "saved and loaded alike",
-)
+LOADS, TEMPLATE = "loads", "template"
 _ENDS = END_TOKEN * NUM_END_TOKENS
 KNOWN_QUERIES = {
     "colpali-engine from 0.3.11": QUERY_SLOT + _ENDS,
@@ -61,8 +76,20 @@ KNOWN_QUERIES = {
     "transformers 5": f"{PREFIX}{QUERY_SLOT}{_ENDS}\n",
 }
 _PADDING = 3  # tokens beyond the longest row, so that every row is padded
-_WIDE, _NARROW = 1e-4, 5e-2  # of the numbers of a unit vector: float32, half precision
 _NUM_FRAMES = 4
+_CAUSES: dict[type[CheckpointError], str] = {
+    OtherBaseError: "adapter_of_another_base",
+    NotFiniteError: "not_finite",
+    TemplatesError: "wrong_template",
+}
+_LENIENT = (
+    "Libraries that read less strictly load such files all the same, and what is missing or of "
+    "another shape is then drawn at random, or left out"
+)
+_PRECISIONS: dict[torch.dtype, SettledPrecision] = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
 
 
 def check_model(
@@ -86,9 +113,12 @@ def check_model(
         asked = {
             POSITIONS: positions,
             TEMPLATE: template,
-            BATCH: batch,
-            ROUND_TRIP: round_trip,
+            APART: apart,
+            ALONE: batch,
+            SAVED: round_trip,
         }
+        if has_adapter(subjects[0].retriever):
+            asked = {ADAPTER: adapter} | asked
         yield from run_checks({name: partial(ask, subjects[0]) for name, ask in asked.items()})
 
 
@@ -97,31 +127,36 @@ def loads(location: Location, device: str | None = None) -> tuple[Subject | None
     is_adapter = is_adapter_folder(location.folder)
     try:
         retriever, again = (read(location, device) for _ in range(2))
-    except CheckpointError as error:
+    except TensorsError as error:
         cause = "adapter_not_loaded" if is_adapter else "fresh_tensors"
-        told = (
-            f"{error}. Libraries that read less strictly load such files all the same, and what is "
-            "missing or of another shape is then drawn at random, or left out"
-        )
+        told = f"{str(error).removesuffix('.')}. {_LENIENT}"
         return None, Check(LOADS, False, told, cause)
+    except CheckpointError as error:
+        return None, Check(LOADS, False, str(error), _CAUSES.get(type(error), ""))
     subject = subject_of(retriever, location.folder, is_adapter=is_adapter)
     return subject, _loaded(subject, again)
 
 
 def _loaded(subject: Subject, again: Retriever) -> Check:
     """What two loads of a model say."""
-    weights, adapter = subject.retriever.weights(), adapter_in(subject.retriever)
+    weights, loaded = subject.retriever.weights(), adapter_in(subject.retriever)
     told = f"{len(weights)} tensors for {subject.library}"
     if subject.retriever.fingerprint() != again.fingerprint():
         other = [name for name, one in again.weights().items() if not one.equal(weights[name])]
         told += f", and a second load gives others, {listed(other)}: they are drawn at each load"
         return Check(LOADS, False, told, "fresh_tensors")
-    if adapter is not None:
-        told += f" and {len(adapter[1])} of an adapter"
-        if not any(bool(one.any()) for name, one in adapter[1].items() if ".lora_B." in name):
-            told += ", whose matrices B are all zero, so that it changes nothing"
-            return Check(LOADS, False, told, "adapter_not_loaded")
+    told += f" and {len(loaded[1])} of an adapter" if loaded else ""
     return Check(LOADS, True, f"{told}, each out of the files; two loads give the same")
+
+
+def adapter(subject: Subject) -> Check:
+    """The adapter changes vectors, and is of the base that it lies on."""
+    return adapter_works(subject.retriever, probe_rows(subject.retriever), "fp32")
+
+
+def apart(subject: Subject) -> Check:
+    """Vectors are finite, of length 1, and others for other rows."""
+    return tells_apart(subject.retriever, probe_rows(subject.retriever))
 
 
 def positions(subject: Subject) -> Check:
@@ -165,16 +200,18 @@ def template(subject: Subject) -> Check:
 def batch(subject: Subject) -> Check:
     """Vectors of rows alone are those in a batch; padded on either side where the library pads."""
     retriever, rows = subject.retriever, probe_rows(subject.retriever)
-    sides = rows.queries, rows.documents
+    sides, most = (rows.queries, rows.documents), _rounding(subject.retriever)
     if subject.is_ours:
-        apart = max(_alone_and_packed(retriever, each) for each in sides)
-        return _alike(BATCH, apart, retriever, f"{apart:.1e}, in a packed batch", "padding_side")
+        found = largest(_alone_and_packed(retriever, each) for each in sides)
+        return alike(ALONE, found, most, f"{found:.1e}, in a packed batch", "padding_side")
     library = library_model(
         retriever, merged_weights(retriever), is_retrieval=is_retrieval(subject)
     )
-    found = {side: max(_padding_effect(library, each, side) for each in sides) for side in SIDES}
-    told = ", ".join(f"{apart:.1e} padded on the {side}" for side, apart in found.items())
-    return _alike(BATCH, max(found.values()), retriever, told, "padding_side")
+    by_side = {
+        side: largest(_padding_effect(library, each, side) for each in sides) for side in SIDES
+    }
+    told = ", ".join(f"{found:.1e} padded on the {side}" for side, found in by_side.items())
+    return alike(ALONE, largest(by_side.values()), most, told, "padding_side")
 
 
 def round_trip(subject: Subject) -> Check:
@@ -189,12 +226,18 @@ def round_trip(subject: Subject) -> Check:
             whole = Found(subject.format, config, weights, retriever.tokenizer, retriever.contract)
             write(whole, folder, subject.format)
         back = read(Location(folder), str(retriever.device))
-    apart = max(
-        _apart(_packed(retriever, each), _packed(back, each))
+    found = largest(
+        most_apart(_packed(retriever, each), _packed(back, each))
         for each in (rows.queries, rows.documents)
     )
-    told = f"{apart:.1e}, once written for {subject.library} and read back"
-    return _alike(ROUND_TRIP, apart, retriever, told, "fresh_tensors")
+    told = f"{found:.1e}, once written for {subject.library} and read back"
+    return alike(SAVED, found, _rounding(retriever), told, "fresh_tensors")
+
+
+def _rounding(retriever: Retriever) -> float:
+    """What it makes of vectors, by the narrowest dtype; a projection may be wider than the rest."""
+    dtypes = {weight.dtype for weight in retriever.weights().values()}
+    return max(ROUNDING[_PRECISIONS.get(dtype, "fp32")] for dtype in dtypes)
 
 
 def _verdict(shell: Shell, inputs: Mapping[str, Tensor]) -> Verdict:
@@ -225,28 +268,11 @@ def _alone_and_packed(retriever: Retriever, packed: Packed) -> float:
     """How far vectors in a packed batch are from those of rows alone."""
     rows = [packed.rows(row, row + 1) for row in range(len(packed))]
     alone = [_packed(retriever, row)[0] for row in rows]
-    return _apart(alone, _packed(retriever, packed))
+    return most_apart(alone, _packed(retriever, packed))
 
 
 def _padding_effect(library: LibraryModel, packed: Packed, side: Side) -> float:
     """How far vectors in a batch that is padded on a side are from those of rows alone."""
     rows = [packed.rows(row, row + 1) for row in range(len(packed))]
     alone = [library.rows(row, side, 0)[0] for row in rows]
-    return _apart(alone, library.rows(packed, side, _PADDING))
-
-
-def _apart(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
-    """The largest difference of a number of a vector; infinite where there are other vectors."""
-    pairs = list(zip(these, those, strict=True))
-    if any(one.shape != other.shape for one, other in pairs):
-        return float("inf")
-    return max(float((one - other).abs().max()) for one, other in pairs)
-
-
-def _alike(name: str, apart: float, retriever: Retriever, told: str, cause: str) -> Check:
-    is_wide = retriever.projection.weight.dtype.itemsize >= 4
-    most = _WIDE if is_wide else _NARROW
-    said = f"vectors differ by at most {told}"
-    if apart <= most:
-        return Check(name, True, said)
-    return Check(name, False, f"{said}, where rounding gives {most:.0e}", cause)
+    return most_apart(alone, library.rows(packed, side, _PADDING))

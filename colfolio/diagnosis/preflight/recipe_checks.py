@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 
 from colfolio.data.dataset import RetrievalDataset
@@ -14,9 +15,14 @@ from colfolio.diagnosis.preflight import data_checks as data
 from colfolio.diagnosis.preflight import equality_checks as equality
 from colfolio.diagnosis.preflight import input_checks as inputs
 from colfolio.diagnosis.preflight import learning_checks as learning
+from colfolio.diagnosis.preflight import score_checks as scores
+from colfolio.diagnosis.preflight import vector_checks as vectors
 from colfolio.diagnosis.preflight.check import Asked, Check, run_checks, timed
 from colfolio.diagnosis.preflight.trial import Trial, make_trial
+from colfolio.diagnosis.run_evidence import settled_of
 from colfolio.diagnosis.signals import measure_data
+from colfolio.errors import RecipeError
+from colfolio.models.adapters import has_adapter
 from colfolio.training import TrainingState
 from colfolio.training.retrieval_objective import teacher_of
 
@@ -37,26 +43,38 @@ def check_run(
         base: folder or hub id of the model.
 
     Raises:
-        DatasetError: none of the first images can be read.
+        DatasetError: none of the first images can be read, or training would refuse a batch.
     """
-    trial = make_trial(state, dataset)
+    counted = functools.cache(count)
+    with suppress(RecipeError):  # which the line on candidates tells
+        counted()
+    trial, settled = make_trial(state, dataset), settled_of(state.settings, state.world.size)
+
+    @functools.cache
+    def picker() -> Picker:
+        settings = state.settings
+        return Picker(dataset, settings.batch, settings.seed, teacher_of(dataset, settings))
 
     @functools.cache
     def facts() -> DataFacts:
-        collator, settings = state.retriever.collator, state.settings
-        picker = Picker(dataset, settings.batch, settings.seed, teacher_of(dataset, settings))
-        return measure_data(dataset, collator, settings.batch, picker, trial.rows, held_out)
+        collator, batch = state.retriever.collator, state.settings.batch
+        return measure_data(dataset, collator, batch, picker(), trial.rows, held_out)
 
-    asked = _cheap(trial, count, base) | {
+    asked = _cheap(trial, counted, base) | {
+        data.ENOUGH: partial(data.enough_candidates, counted, settled),
         data.ANSWERS: partial(data.answers, trial),
-        data.COPIED: partial(data.no_false_negatives, facts),
-        data.SPLITS: partial(data.splits_apart, facts),
-        learning.START: partial(learning.start_of_loss, trial),
+        data.BLANK: partial(data.pages_show_something, facts, settled),
+        data.COPIED: partial(data.no_false_negatives, facts, settled),
+        data.SPLITS: partial(data.splits_apart, facts, settled),
+        data.ORDER: partial(data.drawn_anew, facts, settled),
+        scores.SCORES: partial(scores.first_scores, trial, picker, settled),
+        learning.START: partial(learning.start_of_loss, trial, counted),
+        learning.FLOOR: partial(learning.floor_of_loss, counted),
         learning.FROZEN: partial(learning.frozen_weights, trial),
         learning.ONE_BATCH: partial(learning.one_batch_by_heart, trial),
-        equality.ALONE: partial(equality.rows_alone, trial),
+        vectors.ALONE: partial(equality.rows_alone, trial),
         equality.CHUNKS: partial(equality.chunks_alike, trial),
-        equality.SAVED: partial(equality.saved_and_loaded, trial, base),
+        vectors.SAVED: partial(equality.saved_and_loaded, trial, base),
         equality.HALF: partial(equality.half_precision, trial),
     }
     yield from run_checks(asked)
@@ -80,12 +98,18 @@ def check_first(
 
 
 def _cheap(trial: Trial, count: Callable[[], Ledger], base: str) -> dict[str, Asked]:
-    model = trial.retriever
+    model, settings = trial.retriever, trial.state.settings
+    adapters: dict[str, Asked] = {}
+    if has_adapter(model) and settings.lora is None:  # it was loaded; a fresh one changes nothing
+        precision = settings.precision
+        adapters[vectors.ADAPTER] = partial(vectors.adapter_works, model, trial.rows, precision)
     return {
         inputs.WEIGHTS: partial(inputs.weights_of_files, model, base),
+        **adapters,
+        # what is cut off fits no positions either
+        inputs.TOKENS: partial(inputs.token_counts, model, trial.rows),
         inputs.POSITIONS: partial(inputs.positions, model, trial.rows),
         inputs.TEMPLATES: partial(inputs.templates, model, trial.rows),
-        inputs.TOKENS: partial(inputs.token_counts, model, trial.rows),
-        data.CANDIDATES: partial(data.candidates, count, trial.state.settings),
+        data.CANDIDATES: partial(data.candidates, count, settings),
         learning.GRADIENT: partial(learning.reach_of_gradient, trial),
     }

@@ -12,13 +12,26 @@ from colfolio.training.retrieval_objective import batch_loss
 
 MOST_STEPS = 40
 WAY = 0.5  # from chance to floor
+_LEAST_SPREAD = 1e-12
+
+
+FACTORS = (1.0, 10.0, 0.1)  # of the recipe's rates, in the order in which they are tried
 
 
 @dataclass(frozen=True, slots=True)
 class Descent:
-    """How far some steps went: share of the way from chance to floor, and that in words."""
+    """How far some steps went.
+
+    Args:
+        way: share of the way from chance to floor, after them.
+        begin: before them.
+        spread_left: of the scores of a query, over that before them.
+        told: all that in words.
+    """
 
     way: float
+    begin: float
+    spread_left: float
     told: str
 
 
@@ -35,19 +48,24 @@ class Steps:
 
     def descend(self, factor: float) -> Descent:
         """Steps until the batch is known by heart."""
-        way, loss, step = 0.0, math.nan, 0
+        ways, spreads = [], []
+        loss, step = math.nan, 0
         for step in range(1, MOST_STEPS + 1):
             summary = self.gradient(step)
-            loss, chance, floor = (
-                float(each) for each in (summary.loss.detach(), summary.chance, summary.floor)
+            loss, chance, floor, spread = (
+                float(each)
+                for each in (summary.loss.detach(), summary.chance, summary.floor, summary.spread)
             )
-            way = (chance - loss) / (chance - floor) if chance > floor else 1.0
-            if not math.isfinite(loss):
-                return Descent(-math.inf, f"{loss} after {step - 1} steps")
-            if way >= WAY:
+            ways.append((chance - loss) / (chance - floor) if chance > floor else 1.0)
+            spreads.append(spread)
+            if not math.isfinite(loss) or ways[-1] >= WAY:
                 break
             self.update(factor)
-        return Descent(way, f"{way:.0%} of the way after {step - 1} steps ({loss:.3f} nats)")
+        left = spreads[-1] / max(spreads[0], _LEAST_SPREAD)
+        if not math.isfinite(loss):
+            return Descent(-math.inf, ways[0], left, f"{loss} after {step - 1} steps")
+        told = f"{ways[-1]:.0%} of the way after {step - 1} steps ({loss:.3f} nats)"
+        return Descent(ways[-1], ways[0], left, told)
 
     def update(self, factor: float) -> None:
         """One step on the gradient that there is."""

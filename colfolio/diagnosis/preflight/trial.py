@@ -25,13 +25,14 @@ from colfolio.models.precision import Precision, SettledPrecision
 from colfolio.models.retriever import Retriever
 from colfolio.training import TrainingState
 from colfolio.training.exact_batch import ExactBatch
+from colfolio.training.losses import check_masks
 from colfolio.training.retrieval_objective import retrieval_source
 
 MOST_ROWS = 16
 _MOST_PAGES = 4
 _TRIED_PAGES = 16
 _TRIED_BATCHES = 4
-_CHUNK_TOKENS = 4096  # where the recipe sets none
+CHUNK_TOKENS = 4096  # where the recipe sets none
 _START = SamplerPosition()
 
 
@@ -67,7 +68,7 @@ def make_trial(state: TrainingState, dataset: RetrievalDataset) -> Trial:
     """Draw rows and a batch from the run's first batches; all ranks call it.
 
     Raises:
-        DatasetError: images cannot be read.
+        DatasetError: images cannot be read, or batches teach nothing.
     """
     with state.world.together():
         rows = _rows(state, dataset)
@@ -96,7 +97,7 @@ def encoded(trial: Trial, packed: Packed, precision: Precision | None = None) ->
         precision: of the arithmetic; None is the run's.
     """
     settings = trial.state.settings
-    probe = Probe(trial.rows, settings.memory.chunk_tokens or _CHUNK_TOKENS)
+    probe = Probe(trial.rows, settings.memory.chunk_tokens or CHUNK_TOKENS)
     return probe.vectors(trial.retriever, packed, precision or settings.precision)
 
 
@@ -154,12 +155,18 @@ def _rows(state: TrainingState, dataset: RetrievalDataset) -> ProbeBatch:
 
 
 def _batch(state: TrainingState, dataset: RetrievalDataset) -> ContrastiveBatch:
-    """The first small batch that teaches something; where none does, the run's own first one."""
+    """The first small batch that teaches something; where none does, the run's own first one.
+
+    Raises:
+        DatasetError: that teaches nothing either.
+    """
     own = state.settings.batch
     small = min(own.rows, max(MOST_ROWS, state.world.size))
     drawn = islice(_batches(state, dataset, small), _TRIED_BATCHES)
     teaching = next(filter(_teaches, drawn), None)
-    return teaching or next(_batches(state, dataset, own.rows))
+    batch = teaching or next(_batches(state, dataset, own.rows))
+    check_masks(batch.positives, batch.ignored, batch.teacher)
+    return batch
 
 
 def _batches(

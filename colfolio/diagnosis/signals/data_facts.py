@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 import numpy as np
@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from colfolio.data.collate import Collator
-from colfolio.data.dataset import Corpus, Query, RetrievalDataset
+from colfolio.data.dataset import Corpus, RetrievalDataset
 from colfolio.data.picks import BatchSettings, Picker, Picks
 from colfolio.diagnosis.evidence import DataFacts
 from colfolio.diagnosis.signals.drawn_rows import first_epochs, meeting_again, with_neighbours
@@ -20,12 +20,13 @@ from colfolio.diagnosis.signals.read_images import ReadImages, evenly
 
 _MOST_DRAWN, _MOST_IMAGES = 128, 256  # of the training split: from its first batches, in all
 _MOST_HELD_OUT = 64  # of the validation split
+_MOST_ASKED = 4  # of the answers of a text, on either side
 _MOST_PIXELS = 200_000_000  # of each: a hundred pages of 144 dots an inch
 SAMPLED = (
     f"images: of the documents of the first batches up to {_MOST_DRAWN}, then evenly spaced ones "
     f"up to {_MOST_IMAGES} in all, and {_MOST_HELD_OUT} of the validation split, no more than "
-    f"{_MOST_PIXELS / 1e6:g} million pixels of each; queries: all texts; batches: of two epochs up "
-    "to 16,384 queries each"
+    f"{_MOST_PIXELS / 1e6:g} million pixels of each; queries: all texts, their tokens in the first "
+    "batches; batches: of two epochs up to 16,384 queries each"
 )
 
 
@@ -54,16 +55,18 @@ def measure_data(
     seen = images.seen
     tokens = [_document_tokens(collator, each.size) for each in seen.values()]
     batches, later = ([picks.queries for picks in each] for each in (epoch, following))
-    asked = [] if validation is None else validation.queries
-    leaked = max(_leaked_images(images, held_out), leaked_queries(dataset.queries, asked))
+    texts = [dataset.queries[row].text for batch in batches for row in batch][:_MOST_DRAWN]
+    by_text = _rows_by_text(dataset, picker)
+    asked = 0.0 if validation is None else leaked_queries(dataset.corpus, by_text, validation)
     return DataFacts(
         queries=len(dataset.queries),
         documents=len(dataset.corpus),
-        median_document_tokens=float(median(tokens)) if tokens else None,
-        truncated=0.0 if probe is None else truncated_share(probe, collator),
+        median_document_tokens=_median(tokens),
+        median_query_tokens=_median(collator.query_lengths(texts)),
+        truncated=None if probe is None else truncated_share(probe, collator),
         blank=sum(each.is_blank for each in seen.values()) / max(1, len(seen)),
-        copies=_copies(dataset, settings, picker, epoch, images),
-        leaked=leaked,
+        copies=_copies(dataset, settings, picker, epoch, images, by_text),
+        leaked=max(_leaked_images(images, held_out), asked),
         validation_documents=None if validation is None else len(validation.corpus),
         epoch_overlap=meeting_again(batches, later),
         neighbours=with_neighbours(batches),
@@ -86,11 +89,39 @@ def truncated_share(probe: ProbeBatch, collator: Collator) -> float:
     return sum(short) / max(1, len(short))
 
 
-def leaked_queries(queries: Sequence[Query], held_out: Sequence[Query]) -> float:
-    """Share of the validation queries that are asked in training, less those known to be."""
-    trained = {_spelt_alike(query.text) for query in queries}
-    found = [query.seen is not True and _spelt_alike(query.text) in trained for query in held_out]
-    return sum(found) / max(1, len(found))
+def leaked_queries(
+    corpus: Corpus, by_text: Mapping[str, Sequence[int]], validation: RetrievalDataset
+) -> float:
+    """Share of the validation queries that training asks of an image that answers them there too.
+
+    Those known to be asked are none, nor is a text that other pages have as well, as "contents".
+    Of many that training asks some are looked at, evenly spaced.
+
+    Args:
+        corpus: of the training split.
+        by_text: its rows that answer a text, by `spelt_alike`.
+    """
+    asked = [(spelt_alike(query.text), query) for query in validation.queries]
+    known = [(text, query) for text, query in asked if query.seen is not True and text in by_text]
+    row_of = {name: row for row, name in enumerate(validation.corpus.ids)}
+    chosen = [
+        (text, [row_of[name] for name in validation.positives(query.id)[:_MOST_ASKED]])
+        for text, query in (known[place] for place in evenly(len(known), _MOST_HELD_OUT))
+    ]
+    every = [row for _, rows in chosen for row in rows]
+    alike = set(_same_places(corpus, validation.corpus, every))
+    trained, held_out = (
+        ReadImages(each, _MOST_ASKED * _MOST_HELD_OUT, _MOST_PIXELS)
+        for each in (corpus, validation.corpus)
+    )
+    found = []
+    for text, rows in chosen:
+        answers = sorted(by_text[text], key=lambda row: row not in alike)[:_MOST_ASKED]
+        held_out.read(rows)
+        trained.read(answers)
+        sides = held_out.digests_of(rows), trained.digests_of(answers)
+        found += [not sides[0].isdisjoint(sides[1])] if all(sides) else []
+    return sum(found) / max(1, len(found)) * len(known) / max(1, len(asked))
 
 
 def copied_share(
@@ -118,10 +149,10 @@ def _copies(
     picker: Picker,
     epoch: Sequence[Picks],
     images: ReadImages,
+    by_text: Mapping[str, Sequence[int]],
 ) -> float:
     """Mean over the queries of the first batches, as far as their images were read."""
     shares: list[float] = []
-    by_text = _rows_by_text(dataset, picker)
     left = _MOST_DRAWN
     for picks in epoch:
         if left <= 0:
@@ -134,7 +165,7 @@ def _copies(
         alike = digests[:, None] == digests[None]
         masked = None if settings.ignore_copies == "none" else alike
         positives, ignored = picker.relations.masks(picks.queries, rows, masked)
-        texts = [_spelt_alike(dataset.queries[query].text) for query in picks.queries]
+        texts = [spelt_alike(dataset.queries[query].text) for query in picks.queries]
         answering = np.stack([np.isin(rows, by_text[text]) for text in texts])
         shares += copied_share(
             positives, ignored, torch.from_numpy(alike), torch.from_numpy(answering)
@@ -146,7 +177,7 @@ def _rows_by_text(dataset: RetrievalDataset, picker: Picker) -> dict[str, list[i
     """What answers a text, however it is spaced and whatever its case."""
     rows: dict[str, list[int]] = {}
     for query, answers in zip(dataset.queries, picker.relations.positives, strict=True):
-        rows.setdefault(_spelt_alike(query.text), []).extend(answers.tolist())
+        rows.setdefault(spelt_alike(query.text), []).extend(answers.tolist())
     return rows
 
 
@@ -162,7 +193,7 @@ def _leaked_images(images: ReadImages, held_out: ReadImages | None) -> float:
     """Share of the validation images that were read and are among those of training."""
     if held_out is None:
         return 0.0
-    known = images.digests
+    known = images.digests_of(images.seen)
     found = [each.digest in known for each in held_out.seen.values()]
     return sum(found) / max(1, len(found))
 
@@ -179,10 +210,15 @@ def _same_places(corpus: Corpus, held_out: Corpus, rows: list[int]) -> list[int]
     ]
 
 
+def _median(numbers: Sequence[int]) -> float | None:
+    return float(median(numbers)) if numbers else None
+
+
 def _document_tokens(collator: Collator, size: tuple[int, int]) -> int:
     rows, columns = collator.document_size(*size)
     return len(collator.prompter.document_ids([rows * columns])[0])
 
 
-def _spelt_alike(text: str) -> str:
+def spelt_alike(text: str) -> str:
+    """A text without its case, and with single spaces."""
     return " ".join(text.casefold().split())

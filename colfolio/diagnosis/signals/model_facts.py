@@ -29,6 +29,7 @@ from colfolio.models.selectors import PARTS
 from colfolio.mrope import VIDEO, watch
 
 _WATCHED = 2  # rows of a side, so that one lies behind another
+_ADAPTED = "base_layer"  # what peft calls a layer that it puts adapters beside
 MOST_RELOADED = 2**29  # bytes of weights that are read a second time to be compared
 
 
@@ -38,6 +39,7 @@ def measure_model(
     precision: Precision,
     *,
     has_loaded_adapter: bool = False,
+    has_trained: bool = False,
     read_again: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> ModelFacts:
     """The facts of a retriever; all ranks ask if it is spread over them.
@@ -45,6 +47,8 @@ def measure_model(
     Args:
         probe: whose rows are run; without, nothing is said of what takes a forward.
         has_loaded_adapter: an adapter, if it has one, was read from files and not drawn for a run.
+        has_trained: steps were made since, by which weights of the base may have moved too; whose
+            adapter it is was asked before them.
         read_again: gives the weights of the files that it was read from, by the names of
             `Retriever.weights`; None if they are not to be read a second time.
     """
@@ -53,37 +57,50 @@ def measure_model(
     if probe is not None:
         told["positions"], told["positions_told"] = positions_of(retriever, probe)
         told["template_faults"] = template_faults(retriever, probe.batch)
+        told["row_difference"] = row_difference(retriever, probe, precision)
     if has_loaded_adapter:
         told["adapter_effect"] = adapter_effect(retriever, probe, precision) if probe else None
-        told["adapter_is_of_base"] = adapter_is_of_base(retriever)
+        told["adapter_is_of_base"] = None if has_trained else adapter_is_of_base(retriever)
     if read_again is not None:
         told["fresh"] = unlike(retriever, read_again())
-        told["is_reloaded_alike"] = not told["fresh"]
     trains, frozen = open_and_frozen(retriever)
     return ModelFacts(
         **told,
         trains=trains,
         frozen=frozen,
-        is_trained=is_trained(retriever, has_loaded_adapter=has_loaded_adapter),
+        is_trained=can_retrieve(retriever),
+        drawn=drawn_parts(retriever),
     )
 
 
-def positions_of(retriever: Retriever, probe: Probe) -> tuple[str, str]:
+def positions_of(retriever: Retriever, probe: Probe) -> tuple[str | None, str]:
     """The guard's verdict on the model's own forward, `right` or a fault's name, and a sentence.
 
-    What the guard cannot judge is not called a fault.
+    None where no fault is found and not all can be judged.
     """
-    told = ""
+    verdict, told = "right", ""
     for side in (probe.batch.documents, probe.batch.queries):
-        rows = side.rows(0, min(_WATCHED, len(side)))
-        fault, said = _seen(retriever, rows, retriever)
-        told = told or said
-        if fault:
-            return fault, said
-    return "right", told
+        found, said = _seen(retriever, _first_rows(side), retriever)
+        if found not in ("right", None):
+            return found, said
+        verdict, told = verdict and found, told or said
+    return verdict, told
 
 
-def text_positions(generator: Generator, dataset: ConversationDataset) -> tuple[str, str]:
+def row_difference(retriever: Retriever, probe: Probe, precision: Precision) -> float:
+    """By how much a number of a vector differs at most between rows alone and beside another."""
+    whole = Probe(probe.batch)  # rows of one chunk
+    most = []
+    for side in (probe.batch.documents, probe.batch.queries):
+        rows = _first_rows(side)
+        together = whole.vectors(retriever, rows, precision).vectors
+        each = [rows.rows(row, row + 1) for row in range(len(rows))]
+        alone = MultiVectors.cat([whole.vectors(retriever, row, precision) for row in each])
+        most.append(float((together - alone.vectors).abs().max()))
+    return max(most)
+
+
+def text_positions(generator: Generator, dataset: ConversationDataset) -> tuple[str | None, str]:
     """The same of a generator, over the first conversations of a split.
 
     Raises:
@@ -92,24 +109,26 @@ def text_positions(generator: Generator, dataset: ConversationDataset) -> tuple[
     rate = generator.contract.frame_rate
     rows = next(in_order(dataset, generator.chat, rate, _WATCHED, World())).inputs
     last = rows.offsets[1:] - 1
-    fault, told = _seen(
-        generator, rows, lambda inputs: generator(inputs, last.to(generator.device))
-    )
-    return fault or "right", told
+    return _seen(generator, rows, lambda inputs: generator(inputs, last.to(generator.device)))
 
 
 def _seen(
     model: ProjectedBackbone, rows: Packed, run: Callable[[Packed], object]
-) -> tuple[str, str]:
-    """The fault of the positions that a forward uses, empty if none; and the guard's sentence."""
+) -> tuple[str | None, str]:
+    """The verdict on the positions that a forward uses, None if there is none, and a sentence."""
     grids = _grids(model, rows)
     if grids and model.collator.scheme.needs_seconds:
-        return "", ""  # a packed batch no longer holds the times that its positions were made of
+        return None, ""  # a packed batch no longer holds the times that its positions were made of
     with torch.no_grad(), evaluating(model), watch(model, **grids) as seen:
         run(rows.to(model.device))
     verdict = seen.verdict
     harmful = [each.fault for each in verdict.findings if not each.harmless]
-    return (harmful[0] if harmful else ""), str(verdict)
+    judged = None if verdict.unjudged is not None else "right"
+    return (harmful[0] if harmful else judged), str(verdict)
+
+
+def _first_rows(side: Packed) -> Packed:
+    return side.rows(0, min(_WATCHED, len(side)))
 
 
 def adapter_effect(retriever: Retriever, probe: Probe, precision: Precision) -> float:
@@ -152,14 +171,29 @@ def open_and_frozen(model: ProjectedBackbone) -> tuple[dict[str, int], dict[str,
     return trains, frozen
 
 
-def is_trained(retriever: Retriever, *, has_loaded_adapter: bool = False) -> bool:
-    """Whether the weights come from training: of a run, of a release, or of loaded adapters.
+def can_retrieve(model: Retriever) -> bool:
+    """Whether weights were trained to retrieve, by what is known of them.
 
-    A projection that the contract says nothing of was not drawn by Colfolio.
+    A base tells the hash of the projection that was drawn for it, and no recipe and no data; where
+    the weights below that projection come from says nothing of it.
     """
-    contract = retriever.contract
-    is_told = bool(contract.recipe or contract.data or contract.source)
-    return is_told or not contract.projection_hash or has_loaded_adapter
+    contract = model.contract
+    return bool(contract.recipe or contract.data) or not contract.projection_hash
+
+
+def drawn_parts(model: Retriever) -> tuple[str, ...]:
+    """Parts whose weights are as they were drawn at random, less those that adapters change.
+
+    Of a base from published weights that is the projection. What else a graft lacked its contract
+    tells in words, which say nothing here.
+    """
+    if can_retrieve(model):
+        return ()
+    places = inventory(model).places
+    adapted = {place.part for name, place in places.items() if _ADAPTED in name.split(".")}
+    present = {place.part for place in places.values()} - adapted - {"adapters"}
+    drawn = present & {"projection"} if model.contract.source else present
+    return tuple(part for part in PARTS if part in drawn)
 
 
 def can_reload(retriever: Retriever) -> bool:

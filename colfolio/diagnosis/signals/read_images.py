@@ -44,10 +44,9 @@ class ReadImages:
             if row not in self.seen:
                 self._read(row)
 
-    @property
-    def digests(self) -> set[bytes]:
-        """Of all that were read."""
-        return {image.digest for image in self.seen.values()}
+    def digests_of(self, rows: Iterable[int]) -> set[bytes]:
+        """Of those rows that could be read."""
+        return {self.seen[row].digest for row in rows if row in self.seen}
 
     def _read(self, row: int) -> None:
         self._left_images -= 1

@@ -24,9 +24,12 @@ Histogram = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[float, float]]
 def mean_margin(
     scores: Float[Tensor, "Q D"], positives: Bool[Tensor, "Q D"], ignored: Bool[Tensor, "Q D"]
 ) -> float:
-    """The mean positive's score less the mean negative's, mean over queries."""
-    takes_part = positives.any(dim=1)
+    """The mean positive's score less the mean negative's, mean over queries that have both.
+
+    NaN if there is none.
+    """
     negatives = ~(positives | ignored)
+    takes_part = positives.any(dim=1) & negatives.any(dim=1)
     margins = _mean_of(scores, positives) - _mean_of(scores, negatives)
     return float(margins[takes_part].mean())
 
@@ -101,14 +104,17 @@ def confident_share(
 
 
 def distinct_share(scores: Float[Tensor, "Q D"]) -> float:
-    """Share of the scores that no other score equals."""
-    _, counts = scores.flatten().unique(return_counts=True)
+    """Share of the scores that no other score equals; what is no number equals all."""
+    _, counts = scores[~scores.isnan()].unique(return_counts=True)
     return float((counts == 1).sum() / max(scores.numel(), 1))
 
 
 def score_error(scores: Float[Tensor, "Q D"], exact: Float[Tensor, "Q D"], spread: float) -> float:
-    """The largest difference of a score from the exact one, over the spread; 0 without a spread."""
-    if not spread > 0:
+    """The largest difference of a score from the exact one, over the spread; 0 without a spread.
+
+    NaN where scores are no numbers.
+    """
+    if spread == 0:
         return 0.0
     return float((scores.double() - exact.double()).abs().max()) / spread
 

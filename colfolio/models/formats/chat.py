@@ -10,7 +10,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from colfolio.data.prompts import IMAGE_TOKEN, QUERY_SLOT, Templates
-from colfolio.errors import CheckpointError
+from colfolio.errors import TemplatesError
 
 CHAT_FILE = "chat_template.jinja"
 _TEXT = {"type": "text", "text": QUERY_SLOT}
@@ -47,11 +47,11 @@ def templates_of(
         special: tokens of the tokenizer that stand for themselves.
 
     Raises:
-        CheckpointError: a string lacks its slot.
+        TemplatesError: a string lacks its slot.
     """
     for string, slot in ((query, QUERY_SLOT), (document, IMAGE_TOKEN)):
         if string.count(slot) != 1:
-            raise CheckpointError(f"{origin}: {string!r} must hold {slot} once")
+            raise TemplatesError(f"{origin}: {string!r} must hold {slot} once")
     names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
     at_end = re.search(rf"({names})\1*$", query) if names else None
     if at_end is None:
@@ -73,7 +73,7 @@ def rendered(template: str, origin: str, prompts: dict[str, str], **values: Any)
         values: further ones that the template may read.
 
     Raises:
-        CheckpointError: the template cannot be run.
+        TemplatesError: the template cannot be run.
     """
     pieces = []
     for task, part in (("query", _TEXT), ("document", _IMAGE)):
@@ -86,7 +86,7 @@ def rendered(template: str, origin: str, prompts: dict[str, str], **values: Any)
                 conversations=[messages], chat_template=template, task=task, **values
             )
         except Exception as error:  # whatever a foreign template runs into
-            raise CheckpointError(f"{origin}: its chat template cannot be run: {error}") from None
+            raise TemplatesError(f"{origin}: its chat template cannot be run: {error}") from None
         pieces.append(texts[0])
     return pieces[0], pieces[1]
 

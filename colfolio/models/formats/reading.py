@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from colfolio.data.prompts import Templates
-from colfolio.errors import CheckpointError
+from colfolio.errors import CheckpointError, TensorsError
 from colfolio.models.contract import (
     CONTRACT_FILE,
     PROJECTION,
@@ -192,7 +192,7 @@ def _assumed_contract(
     """A contract out of what the files say and the library does; the assumed is warned of."""
     projection: Any = weights.get(PROJECTION + "weight")
     if projection is None or projection.ndim != 2:
-        raise CheckpointError(
+        raise TensorsError(
             f"{folder}: holds no projection to vectors ({PROJECTION}weight), so this is a backbone "
             "or a damaged retriever; make a base to train from with `colfolio init`"
         )

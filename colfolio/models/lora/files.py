@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from colfolio.errors import CheckpointError
+from colfolio.errors import CheckpointError, TensorsError
 from colfolio.models.contract import (
     CONTRACT_FILE,
     Contract,
@@ -61,7 +61,7 @@ class Adapter:
         """The layers of a model that it adapts, once its tensors are known to be exactly theirs.
 
         Raises:
-            CheckpointError: they are not; all missing and unexpected names are listed.
+            TensorsError: they are not; all missing and unexpected names are listed.
         """
         plan = plan_asked(self.config, root, self.layout, str(self.folder / ADAPTER_FILE))
         shapes = shapes_of(root, plan)
@@ -73,7 +73,7 @@ class Adapter:
             if name in shapes and tuple(tensor.shape) != shapes[name]
         ]
         if missing or unexpected or wrong:
-            raise CheckpointError(
+            raise TensorsError(
                 f"{self.folder}: tensors do not fit the base with the layers and ranks that "
                 f"{ADAPTER_FILE} names. Missing: {listed(missing)}. Unexpected: "
                 f"{listed(unexpected)}. Of another shape: {listed(wrong)}."
@@ -114,7 +114,7 @@ def read_adapter(folder: Path) -> Adapter:
     layout = min(_LAYOUTS, key=lambda one: one.num_unknown(named))
     foreign += [_PREFIX + name for name in named if layout.ours(name) is None]
     if foreign:
-        raise CheckpointError(f"{path}: of no layer that a retriever has: {listed(foreign)}")
+        raise TensorsError(f"{path}: of no layer that a retriever has: {listed(foreign)}")
     weights = {str(layout.ours(name)): tensor for name, tensor in named.items()}
     contract = None
     if (folder / CONTRACT_FILE).is_file():

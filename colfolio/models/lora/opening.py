@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from colfolio.data.prompts import Templates
-from colfolio.errors import CheckpointError
+from colfolio.errors import CheckpointError, OtherBaseError
 from colfolio.models.checkpoint import load_parts
 from colfolio.models.contract import Contract, check_contract, hash_weights, on_weights
 from colfolio.models.formats import AssumedWarning
@@ -68,7 +68,8 @@ def put_in(
         weights_hash: of the base's weights as they were read; None takes that of these.
 
     Raises:
-        CheckpointError: the adapter was trained on other weights, or does not fit these.
+        OtherBaseError: the adapter was trained on other weights.
+        CheckpointError: it does not fit these.
     """
     root = named_modules(backbone, projection)
     plan = adapter.plan(root)
@@ -84,7 +85,7 @@ def put_in(
         contract = on_weights(own, own, found)
     check_contract(contract, backbone.config, str(adapter.folder))
     if contract.base_hash != found:
-        raise CheckpointError(
+        raise OtherBaseError(
             f"{adapter.folder}: is an adapter of other weights: its base has base_hash "
             f"{contract.base_hash}, the weights here have {found}; give the base that it was "
             "trained on, in the dtype it has there"

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from colfolio.config import Settings
@@ -39,6 +39,12 @@ class LossSettings(Settings):
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     symmetric: bool = False
     bias: float = Field(default=0.0, allow_inf_nan=False)
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _in_either_spelling(cls, kind: object) -> object:
+        """`infonce` is `info_nce`, here as on the command line."""
+        return "info_nce" if kind == "infonce" else kind
 
     @model_validator(mode="after")
     def _is_honoured(self) -> LossSettings:

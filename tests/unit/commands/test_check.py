@@ -5,8 +5,11 @@ import pytest
 from colfolio.commands import check as check_module
 from colfolio.commands.export import export_command
 from colfolio.commands.train import resume_command, train_command
-from colfolio.errors import ColfolioError
+from colfolio.diagnosis.preflight import Check
+from colfolio.errors import ColfolioError, RecipeError
 from colfolio.models import Retriever, projected
+
+ENOUGH = ("train.batch.rows=8",)  # candidates
 
 
 def detach_images(monkeypatch):
@@ -17,7 +20,7 @@ def detach_images(monkeypatch):
 def test_a_recipe_is_checked_line_by_line_and_no_folder_is_made(write_recipe, tmp_path, colfolio):
     recipe = write_recipe()
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    code, out, errors = colfolio("check", recipe, "train.steps=3", "--device", "cpu")
+    code, out, errors = colfolio("check", recipe, *ENOUGH, "train.steps=3", "--device", "cpu")
     assert (code, errors) == (0, "")
     lines = out.splitlines()
     assert all(line.startswith("passed  ") for line in lines[:-1])
@@ -26,7 +29,7 @@ def test_a_recipe_is_checked_line_by_line_and_no_folder_is_made(write_recipe, tm
 
 
 def test_a_failed_check_exits_with_1_and_names_its_cause(write_recipe, colfolio):
-    code, out, _ = colfolio("check", write_recipe(), "train.loss.temperature=0.001")
+    code, out, _ = colfolio("check", write_recipe(), *ENOUGH, "train.loss.temperature=0.001")
     assert code == 1
     (line,) = (line for line in out.splitlines() if line.startswith("failed"))
     assert "loss at the start" in line
@@ -35,7 +38,7 @@ def test_a_failed_check_exits_with_1_and_names_its_cause(write_recipe, colfolio)
 
 
 def test_a_recipe_that_passes_is_measured_if_asked(write_recipe, colfolio, refused, tmp_path):
-    code, out, _ = colfolio("check", write_recipe(), "--measure")
+    code, out, _ = colfolio("check", write_recipe(), *ENOUGH, "--measure")
     assert code == 0
     measured = [line for line in out.splitlines() if line.startswith("measured  ")]
     assert [line.split(": ")[0][10:] for line in measured] == ["gradient", "batch", "rates"]
@@ -68,7 +71,10 @@ def test_a_folder_that_is_not_there_is_a_users_error(tmp_path, refused):
 
 def test_a_run_says_what_was_checked_first(write_recipe, tmp_path, capsys):
     train_command(write_recipe(), ["train.steps=1"])
-    assert "checked     weights are those of the files, positions" in capsys.readouterr().out
+    assert (
+        "checked     weights are those of the files, tokens of a row, positions"
+        in capsys.readouterr().out
+    )
 
 
 def test_first_checks_change_no_bit_of_a_run(write_recipe, tmp_path, monkeypatch):
@@ -94,6 +100,18 @@ def test_unchecked_goes_on_and_says_with_what(write_recipe, tmp_path, monkeypatc
     assert code == 0
     assert "unchecked   goes on although this failed: gradient reaches what trains" in out
     assert (tmp_path / "run" / "model").exists()
+
+
+def test_checks_that_could_not_be_made_are_said(write_recipe, monkeypatch, capsys):
+    def breaking_off(*_):
+        yield Check("positions", True, "right for 12 tokens")
+        raise RecipeError("no room for a chunk")
+
+    monkeypatch.setattr(check_module, "check_first", breaking_off)
+    train_command(write_recipe(), ["train.steps=1"])
+    told = capsys.readouterr().out
+    assert "after 1 checks, the others could not be made: no room for a chunk" in told
+    assert "checked     positions, in" in told
 
 
 def test_a_run_that_goes_on_is_not_checked_again(write_recipe, tmp_path, monkeypatch):

@@ -48,12 +48,12 @@ def report(step, loss):
 
 
 def told(run, recipe, steps, *, is_terminal=False):
-    """What the screen shows of steps whose loss stands still at chance."""
+    """What the screen shows of steps whose loss soon stands still at chance."""
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=is_terminal, width=100, color_system=None)
     with RunLog(run, recipe, console, steps[0] - 1) as log:
         for step in steps:
-            log.step(report(step, CHANCE + 1e-4 * math.sin(step)))
+            log.step(report(step, CHANCE + (0.2 if step <= 10 else 1e-4) * math.sin(step)))
             log.look(step)
     return screen.getvalue()
 

@@ -34,8 +34,10 @@ def test_ranks_measure_what_one_process_does(write_recipe, tmp_path, parallel):
     alone, together = (read_evidence(tmp_path / name) for name in ("alone", "run"))
     assert together.settled.ranks == 2
     assert together.data == alone.data
-    for name in ("positions", "template_faults", "trains", "frozen", "is_reloaded_alike"):
+    for name in ("positions", "template_faults", "trains", "frozen", "drawn"):
         assert getattr(together.model, name) == getattr(alone.model, name)
+    # weights that are spread over ranks are not read a second time
+    assert (alone.model.fresh, together.model.fresh) == ((), () if parallel == "ddp" else None)
     assert [probe.step for probe in together.probes] == [0, 6]
     for mine, expected in zip(together.probes, alone.probes, strict=True):
         for name in ("loss", "margin", "spread", "document_rank", "document_distance"):

@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -56,7 +57,10 @@ def test_rewinding_keeps_the_log_up_to_a_step(run):
     assert rows(run) == []
 
 
-@pytest.mark.parametrize("rest", ['{"kind": "st', "{", "\0\0\0\0", "5", '"step"', "null", "{}"])
+@pytest.mark.parametrize(
+    "rest",
+    ['{"kind": "st', "{", "\0\0\0\0", "5", '"step"', "null", "{}", '{"kind": "step", "step": "x"}'],
+)
 def test_what_a_kill_left_of_a_line_is_dropped(run, rest):
     run.append("step", {"step": 1})
     with run.log.open("a") as file:
@@ -73,6 +77,32 @@ def test_a_last_line_without_its_end_is_kept_whole(run):
     run.rewind(1)
     run.append("step", {"step": 2})
     assert [row["step"] for row in rows(run)] == [1, 2]
+
+
+def test_rewinding_forgets_what_ended_the_run(run):
+    run.append("step", {"step": 4})
+    run.append("fault", {"step": 4, "what": "loss", "module": ""})
+    run.rewind(4)
+    assert [row["kind"] for row in rows(run)] == ["step"]
+
+
+def test_a_kill_while_a_run_begins_leaves_no_folder_or_one_with_a_recipe(
+    tmp_path, recipe, monkeypatch
+):
+    path = tmp_path / "deep" / "run"
+    replace = Path.replace
+
+    def killed(aside, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        RunFolder(path).begin(recipe)
+    assert not path.exists()
+    monkeypatch.setattr(Path, "replace", replace)
+    RunFolder(path).begin(recipe)
+    assert [each.name for each in path.iterdir()] == ["recipe.yaml"]
+    assert [each.name for each in path.parent.iterdir()] == ["run"]
 
 
 def test_what_is_not_finite_is_null_in_the_log(run):

@@ -383,7 +383,7 @@ def test_another_kernel_is_noted_in_the_log_of_a_run_that_goes_on(write_recipe, 
     capsys.readouterr()
     resume_command(run)
     assert len(ledgers_of(run)) == 2
-    assert "candidates" not in capsys.readouterr().out
+    assert "an answer among them" not in capsys.readouterr().out
 
 
 def test_a_disk_that_takes_no_features_is_told(capsys, tmp_path):
@@ -415,6 +415,6 @@ def test_validation_loss_is_over_one_pool_whatever_the_batch_and_the_seed(
         )
     first, second = pools
     assert first.size == 5
-    assert torch.equal(first.others, second.others)
+    assert torch.equal(first.negatives, second.negatives)
     ledger = next(row for row in log_of(tmp_path / "b") if row["kind"] == "ledger")
     assert "the same 5 negatives" in ledger["validation"]

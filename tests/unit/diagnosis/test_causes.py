@@ -4,208 +4,36 @@ import math
 from dataclasses import replace
 
 import pytest
+from known_runs import (
+    CASES,
+    CHANCE,
+    DATA,
+    LEARNT,
+    MODEL,
+    PROBE,
+    SETTLED,
+    STUCK,
+    TRAINED,
+    at_chance,
+    falling,
+    steps,
+    validated,
+)
 
 from colfolio.diagnosis.causes import HEALTHY, UNKNOWN, diagnose
-from colfolio.diagnosis.evidence import (
-    DataFacts,
-    Evidence,
-    Fault,
-    ModelFacts,
-    ProbeSignals,
-    Settled,
-)
-from colfolio.diagnosis.training_log import LoggedEvaluation, LoggedPart, LoggedStep
-
-ROWS = 64
-CHANCE = math.log(ROWS)
-SETTLED = Settled("info_nce", lr=1e-3, steps=300, warmup_steps=20, rows=ROWS, precision="fp32")
-DATA = DataFacts(
-    queries=2000,
-    documents=2000,
-    median_document_tokens=12.0,
-    validation_documents=100,
-    epoch_overlap=0.03,
-    neighbours=0.03,
-)
-MODEL = ModelFacts(trains={"vision": 100, "layers": 200, "projection": 20})
-PROBE = ProbeSignals(
-    step=0,
-    documents=32,
-    loss=3.5,
-    chance=math.log(32),
-    floor=0.0,
-    margin=-1.0,
-    mean_margin=0.0,
-    rank=16.5,
-    accuracy=0.03,
-    spread=0.5,
-    query_cosine=0.6,
-    document_cosine=0.7,
-    query_rank=9.0,
-    document_rank=8.0,
-    dim=32,
-    same_winner=0.3,
-    query_distance=0.0,
-    document_distance=0.0,
-    shift=1,
-    shift_accuracy=0.06,
-    confident=0.1,
-    distinct_scores=1.0,
-    score_error=1e-6,
-)
-TRAINED = replace(
-    PROBE,
-    step=300,
-    loss=0.4,
-    margin=1.0,
-    accuracy=0.9,
-    spread=2.0,
-    rank=1.2,
-    query_distance=0.4,
-    document_distance=0.5,
-)
-
-
-def steps(losses, update=1e-3, gradient=0.5, accuracy=0.9, lr=1e-3, chance=CHANCE, floor=0.0):
-    part = LoggedPart(lr, gradient, update)
-    return tuple(
-        LoggedStep(
-            number + 1,
-            loss,
-            chance,
-            0.0,
-            lr,
-            100.0,
-            float(ROWS),
-            0.0,
-            floor=floor,
-            accuracy=accuracy,
-            parts={"layers": part, "projection": part},
-        )
-        for number, loss in enumerate(losses)
-    )
-
-
-def falling(to=0.4):
-    """A loss from chance downwards, with the noise that batches have."""
-    return [
-        to + (CHANCE - to) * math.exp(-number / 60) + 0.05 * math.sin(number)
-        for number in range(300)
-    ]
-
-
-def at_chance(noise=0.05):
-    return [CHANCE + noise * math.sin(1.7 * number) for number in range(300)]
-
-
-LEARNT = Evidence(
-    SETTLED,
-    steps(falling()),
-    (),
-    (PROBE, TRAINED),
-    DATA,
-    MODEL,
-    candidates=float(ROWS),
-    masked=0.0,
-)
-STUCK = replace(
-    LEARNT,
-    steps=steps(at_chance(), accuracy=0.02),
-    probes=(PROBE, replace(PROBE, step=300, query_distance=0.1, document_distance=0.1)),
-)
-
-
-def validated(losses):
-    rows = enumerate(losses)
-    return tuple(
-        LoggedEvaluation(100 * (row + 1), "validation", {"loss": loss, "chance": math.log(65)})
-        for row, loss in rows
-    )
+from colfolio.diagnosis.evidence import Evidence, ModelFacts, Settled
+from colfolio.diagnosis.training_log import LoggedStep
 
 
 def test_a_run_that_learns_has_no_cause_and_each_was_looked_for():
     found = diagnose(replace(LEARNT, evaluations=validated([2.0, 1.0, 0.8])))
     assert [finding.cause for finding in found.findings] == [HEALTHY]
-    assert not set(found.unasked) - {"adapter", "wrong_labels"}  # not of its model
+    assert not set(found.unasked) - {
+        "adapter_not_loaded",
+        "pairwise_loss",
+        "wrong_labels",
+    }  # not of it
     assert len(found.ruled_out) > 20
-
-
-CASES = {
-    "not_finite": replace(STUCK, fault=Fault(12, "loss", "backbone.layers.1")),
-    "fresh_tensors": replace(STUCK, model=replace(MODEL, fresh=("custom_text_proj.weight",))),
-    "adapter_not_loaded": replace(LEARNT, model=replace(MODEL, adapter_effect=0.0)),
-    "adapter_of_another_base": replace(LEARNT, model=replace(MODEL, adapter_is_of_base=False)),
-    "positions_flattened": replace(LEARNT, model=replace(MODEL, positions="flattened")),
-    "wrong_template": replace(
-        LEARNT, model=replace(MODEL, template_faults=("queries lack 'Query: '",))
-    ),
-    "padding_side": replace(LEARNT, model=replace(MODEL, padding_side="right")),
-    "truncated_images": replace(LEARNT, data=replace(DATA, truncated=0.4)),
-    "blank_documents": replace(STUCK, data=replace(DATA, blank=0.6)),
-    "images_unseen": replace(
-        STUCK, probes=(replace(PROBE, document_cosine=1.0, spread=0.0), STUCK.probes[1])
-    ),
-    "queries_alike": replace(STUCK, probes=(replace(PROBE, query_cosine=1.0), STUCK.probes[1])),
-    "fixed_order": replace(LEARNT, data=replace(DATA, epoch_overlap=1.0)),
-    "shifted_labels": replace(
-        STUCK, probes=(replace(PROBE, shift=-1, shift_accuracy=0.8), STUCK.probes[1])
-    ),
-    "dead_part": replace(
-        LEARNT,
-        steps=tuple(
-            replace(step, parts={**step.parts, "vision": LoggedPart(1e-3, 0.0, 0.0)})
-            for step in LEARNT.steps
-        ),
-    ),
-    "rounded_scores": replace(
-        LEARNT, probes=(replace(PROBE, score_error=0.3, distinct_scores=0.05), TRAINED)
-    ),
-    "overflow": replace(LEARNT, skipped=0.4),
-    "rate_too_high": replace(STUCK, steps=steps(at_chance(), update=0.5)),
-    "collapsed": replace(
-        STUCK,
-        probes=(PROBE, replace(TRAINED, accuracy=0.0, spread=0.001, document_cosine=0.9999)),
-    ),
-    "leaked_split": replace(LEARNT, data=replace(DATA, leaked=0.5)),
-    "temperature_floor": replace(
-        LEARNT, steps=steps([0.7 * CHANCE] * 300, floor=0.65 * CHANCE, accuracy=0.95)
-    ),
-    "false_negatives": replace(LEARNT, data=replace(DATA, copies=0.1)),
-    "wrong_labels": replace(
-        STUCK,
-        model=replace(MODEL, is_trained=True),
-        probes=(replace(PROBE, confident=0.8, loss=6.0), STUCK.probes[1]),
-    ),
-    "temperature_too_low": replace(
-        STUCK,
-        settled=replace(SETTLED, temperature=0.02),
-        probes=(replace(PROBE, loss=30.0), STUCK.probes[1]),
-    ),
-    "flat_start": replace(STUCK, probes=(replace(PROBE, spread=0.01), STUCK.probes[1])),
-    "temperature_too_high": replace(STUCK, settled=replace(SETTLED, temperature=50.0)),
-    "rate_too_low": replace(
-        STUCK,
-        steps=steps(at_chance(), update=1e-7, lr=1e-7),
-        probes=(PROBE, replace(PROBE, step=300, document_distance=1e-5)),
-    ),
-    "warmup_too_long": replace(
-        STUCK,
-        settled=replace(SETTLED, warmup_steps=5000),
-        steps=steps(at_chance(), update=1e-7, lr=1e-5),
-        probes=(PROBE, replace(PROBE, step=300, document_distance=1e-5)),
-    ),
-    "frozen_parts": replace(
-        STUCK, model=replace(MODEL, trains={"projection": 20}, frozen={"layers": 200})
-    ),
-    "few_candidates": replace(
-        LEARNT,
-        settled=replace(SETTLED, rows=3, accumulation=16),
-        candidates=3.0,
-        probes=(PROBE, replace(TRAINED, accuracy=0.2)),
-    ),
-    "over_fitting": replace(LEARNT, evaluations=validated([2.0, 1.0, 1.6, 2.2])),
-    "not_started": STUCK,
-}
 
 
 @pytest.mark.parametrize("cause", CASES)
@@ -225,22 +53,23 @@ def test_a_loss_that_nothing_explains_is_called_unknown():
     assert "causes were ruled out" in found.first.paragraph()
 
 
-def test_a_constant_pairwise_loss_in_another_trainers_log_is_a_collapse():
-    losses = [math.log(2) + 1e-4 * (number % 2) for number in range(200)]
+@pytest.mark.parametrize(("first", "cause"), [(1.1, "collapsed"), (0.6932, "pairwise_loss")])
+def test_a_pairwise_loss_that_stands_at_ln_2_in_another_trainers_log_is_blamed(first, cause):
+    losses = [first] * 20 + [math.log(2) + 1e-4 * (number % 2) for number in range(180)]
     logged = tuple(
         LoggedStep(number + 1, loss, math.log(2), None, None, None)
         for number, loss in enumerate(losses)
     )
     found = diagnose(Evidence(Settled("pairwise", rows=3), logged))
-    assert found.first.cause == "collapsed"
-    assert found.first.change == {"train.loss.kind": "info_nce"}
+    assert found.first.cause == cause
+    assert found.first.change == {"train.loss.kind": "info_nce", "train.batch.rows": "128"}
 
 
 def test_what_is_measured_directly_comes_before_what_is_inferred():
-    both = replace(STUCK, data=replace(DATA, epoch_overlap=1.0))
+    held = replace(MODEL, trains={"projection": 20}, frozen={"layers": 200})
+    both = replace(STUCK, model=held, data=replace(DATA, epoch_overlap=1.0))
     causes = [finding.cause for finding in diagnose(both).findings]
-    assert causes[0] == "fixed_order"
-    assert "not_started" in causes
+    assert causes == ["fixed_order", "frozen_parts"]
 
 
 def test_accumulation_is_told_to_add_no_candidates():
@@ -293,7 +122,7 @@ def test_a_collapse_is_told_behind_what_it_comes_of():
 
 def test_a_gradient_that_became_zero_by_a_collapse_is_no_dead_part():
     silent = replace(STUCK.steps[1].parts["layers"], gradient_norm=0.0)
-    later = [replace(s, parts=s.parts | {"layers": silent}) for s in STUCK.steps[20:]]
+    later = [replace(s, parts={**s.parts, "layers": silent}) for s in STUCK.steps[20:]]
     found = diagnose(replace(STUCK, steps=(*STUCK.steps[:20], *later)))
     assert "dead_part" not in {finding.cause for finding in found.findings}
 
@@ -303,3 +132,39 @@ def test_few_weights_that_move_enough_are_no_matter_of_the_rate():
     held = replace(STUCK, model=replace(MODEL, trains={"norm": 2}, frozen={"layers": 200}))
     found = diagnose(replace(held, steps=steps(at_chance(), update=1e-3), probes=(PROBE, stays)))
     assert found.first.cause == "frozen_parts"
+
+
+def test_what_was_not_measured_is_neither_found_nor_ruled_out():
+    unmeasured = ModelFacts(trains=MODEL.trains)
+    found = diagnose(replace(LEARNT, model=unmeasured, data=replace(DATA, truncated=None)))
+    assert [finding.cause for finding in found.findings] == [HEALTHY]
+    unknown = {"fresh_tensors", "positions", "wrong_template", "padding_side", "truncated_images"}
+    unknown.add("frozen_parts")
+    assert not unknown & {each.cause for each in found.ruled_out}
+    assert {"fresh_tensors", "positions", "frozen_parts"} <= set(found.unasked)
+
+
+def test_of_frozen_parts_those_are_named_that_are_as_they_were_drawn():
+    held = {"layers": 150, "projection": 10}
+    published = replace(MODEL, trains={"norm": 40}, frozen=held, drawn=("projection",))
+    first = diagnose(replace(STUCK, model=published)).first
+    assert first.cause == "frozen_parts"
+    assert first.title == "projection must learn and cannot: frozen at random weights"
+    assert "5% of the parameters" in first.paragraph()
+    trained = replace(published, drawn=())
+    assert diagnose(replace(STUCK, model=trained)).first.cause == "not_started"
+
+
+@pytest.mark.parametrize(
+    ("precision", "difference", "is_found"),
+    [("fp32", 1e-3, True), ("bf16", 1e-3, False), ("bf16", 0.2, True), (None, 1e-3, False)],
+)
+def test_a_row_that_depends_on_others_is_found_beyond_the_rounding_of_a_precision(
+    precision, difference, is_found
+):
+    settled = replace(SETTLED, precision=precision)
+    facts = replace(MODEL, row_difference=difference)
+    found = diagnose(replace(LEARNT, settled=settled, model=facts))
+    assert (found.first.cause == "padding_side") == is_found
+    unknown = diagnose(replace(LEARNT, model=replace(MODEL, row_difference=math.nan)))
+    assert "padding_side" not in {each.cause for each in (*unknown.findings, *unknown.ruled_out)}

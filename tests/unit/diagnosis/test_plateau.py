@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from colfolio.diagnosis.causes import diagnose
 from colfolio.diagnosis.evidence import DataFacts, Evidence, ProbeSignals, Settled
 from colfolio.diagnosis.plateau import PlateauWatch, is_due, named_plateaus
 from colfolio.diagnosis.training_log import LoggedPart, LoggedStep, TrainingLog
@@ -103,6 +104,21 @@ def test_a_collapse_is_named_once_while_it_lasts():
     ((when, cause),) = said(PlateauWatch(), at_chance(STEPS, noise=1e-4), spread=0.001)
     assert cause == "collapsed"
     assert 70 <= when <= 200
+
+
+def test_a_pairwise_loss_near_ln_2_is_called_the_same_after_each_number_of_steps():
+    watch = PlateauWatch()
+    for number in (100, 150, 400):
+        losses = [0.69 + 0.02 * math.sin(1.7 * each) for each in range(number)]
+        seen = evidence(losses, spread=0.24)
+        pairwise = replace(
+            seen,
+            settled=replace(seen.settled, loss="pairwise"),
+            steps=tuple(replace(each, chance=math.log(2)) for each in seen.steps),
+        )
+        assert diagnose(pairwise).first.cause == "pairwise_loss"
+        said_now = watch.see(pairwise)
+        assert (said_now is not None) == (number == 150)
 
 
 def test_a_loss_that_never_leaves_chance_is_said_once_after_some_hundred_steps():

@@ -133,6 +133,13 @@ def test_every_part_is_shown_in_well_formed_html():
         assert words in page.words, words
 
 
+@pytest.mark.parametrize(("num_steps", "size"), [(61, 2), (300, 5), (1000, 17)])
+def test_the_mean_that_a_thick_line_is_of_is_told(num_steps, size):
+    steps = [LoggedStep(n, 5 / n, None, None, None, None) for n in range(1, num_steps + 1)]
+    words = Page(render_report(ReportData(title="a", log=TrainingLog(tuple(steps), ())))).words
+    assert f"the mean of {size} steps at a time" in words
+
+
 def test_a_report_of_nothing_but_a_title_has_no_empty_parts():
     page = Page(render_report(ReportData(title="Empty")))
     assert "h2" not in {tag for tag, _ in page.elements}
@@ -141,14 +148,14 @@ def test_a_report_of_nothing_but_a_title_has_no_empty_parts():
 def test_a_run_that_said_nothing_of_its_batches_has_its_curves_alone():
     steps = [LoggedStep(n, 5 / n, None, None, None, None) for n in range(1, 9)]
     page = Page(render_report(ReportData(title="a", log=TrainingLog(tuple(steps), ()))))
-    assert "Thin lines" in page.words
+    assert "Every step is a point of its curve" in page.words
     assert "compared with" not in page.words
 
 
 def test_a_run_that_was_stopped_before_its_second_step_still_shows_its_ledger():
     page = Page(render_report(ReportData(title="a", log=TrainingLog((), (), 0, ledger("fp32")))))
     assert "What a query is compared with" in page.words
-    assert "Thin lines" not in page.words
+    assert "of its curve" not in page.words
 
 
 def test_hostile_text_stays_text_wherever_it_stands():
@@ -227,10 +234,40 @@ def test_what_opened_and_what_each_part_did_are_shown():
     assert "the same negatives every time" in words
 
 
+def test_the_dead_share_of_each_part_is_shown_where_the_log_has_it():
+    steps = list(map(opening, full_report().log.steps))
+    old = Page(render_report(ReportData(title="a", log=TrainingLog(tuple(steps), ())))).words
+    assert "gradient norm, last" in old
+    assert "dead, last" not in old
+    for place in (-2, -1):
+        part = replace(steps[place].parts["vision"], dead=0.25 if place == -1 else 0.75)
+        steps[place] = replace(steps[place], parts={"vision": part})
+    words = Page(render_report(ReportData(title="a", log=TrainingLog(tuple(steps), ())))).words
+    assert "dead, last" in words
+    assert "25.0%" in words
+    assert "75.0%" not in words
+
+
+def test_a_part_without_gradient_is_told_in_a_sentence():
+    steps = []
+    for row in map(opening, full_report().log.steps):
+        norm = 0.0 if row.step >= 150 else 1.0
+        parts = {name: replace(part, gradient_norm=norm) for name, part in row.parts.items()}
+        steps.append(replace(row, parts=parts))
+    words = Page(render_report(ReportData(title="a", log=TrainingLog(tuple(steps), ())))).words
+    assert "The gradient of vision is 0 from step 150 on." in words
+
+
 def test_a_log_without_parts_still_makes_a_report():
     words = Page(render_report(full_report())).words
     assert "Loss" in words
-    for absent in ("by part", "Marks in the curves", "Validation loss"):
+    for absent in (
+        "by part",
+        "The parts of the model",
+        "The probe",
+        "Dotted lines",
+        "Validation loss",
+    ):
         assert absent not in words
 
 

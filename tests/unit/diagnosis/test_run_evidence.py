@@ -6,7 +6,14 @@ from dataclasses import asdict
 import pytest
 import yaml
 
-from colfolio.diagnosis.evidence import DataFacts, Fault, ModelFacts, ProbeSignals, Settled
+from colfolio.diagnosis.evidence import (
+    Checked,
+    DataFacts,
+    Fault,
+    ModelFacts,
+    ProbeSignals,
+    Settled,
+)
 from colfolio.diagnosis.ledger import Ledger, Range
 from colfolio.diagnosis.run_evidence import evidence_of_log, read_evidence, settled_of
 from colfolio.diagnosis.training_log import read_log
@@ -16,7 +23,7 @@ from colfolio.training import TrainSettings
 SETTLED = Settled("pairwise", 0.5, 1e-3, 100, 10, 32, 2, 4, "bf16", "page")
 DATA = DataFacts(100, 90, median_document_tokens=17.0, copies=0.1, validation_documents=12)
 MODEL = ModelFacts(
-    "flattened", "told", ("one fault",), fresh=("a.b",), is_reloaded_alike=False, trains={"norm": 3}
+    "flattened", "told", ("one fault",), 0.5, ("a.b",), trains={"norm": 3}, drawn=("norm",)
 )
 PROBE = ProbeSignals(
     0, 20, 3.0, 2.9, 0.0, -1.0, 0.1, 9.5, 0.05, 1.5, 0.2, 0.3, 7.0, 8.0, 16, 0.1, 0.0, 0.0, 1, 0.2,
@@ -109,6 +116,15 @@ def test_all_that_a_run_noted_is_read_as_it_was_measured(write):
     assert (evidence.candidates, evidence.masked, evidence.skipped) == (30.5, 1.0, 0.5)
 
 
+def test_checks_are_read_and_older_logs_have_none(write):
+    checks = [Checked("positions", True, "right"), Checked("weights", False, "two", "fresh")]
+    row = {"kind": "checks", "step": 0, "checks": [*map(asdict, checks), {"name": "odd"}]}
+    assert read_evidence(write(row, *WHOLE)).checks == tuple(checks)
+    assert read_evidence(write(*WHOLE)).checks == ()
+    damaged = read_log(write({"kind": "checks", "step": 0}, *WHOLE) / "log.jsonl")
+    assert (damaged.checks, damaged.num_unreadable) == ((), 1)
+
+
 def test_what_the_run_was_told_is_in_the_log(write):
     log = read_log(write(*WHOLE) / "log.jsonl")
     assert [row["cause"] for row in log.diagnoses] == ["at_chance"]
@@ -166,13 +182,26 @@ def test_facts_of_a_generation_run_have_what_there_is(write):
     evidence = read_evidence(write(text, step(1)))
     assert evidence.settled.loss == "generation"
     assert evidence.data is None
-    assert (evidence.model.trains, evidence.model.positions) == ({"norm": 3}, "right")
+    assert (evidence.model.trains, evidence.model.positions) == ({"norm": 3}, None)
 
 
-def test_a_run_that_goes_on_did_not_begin_trained(write):
-    later = facts(2, model=asdict(MODEL) | {"is_trained": True, "positions": "right"})
-    model = read_evidence(write(facts(), step(1), step(2), later)).model
+def test_where_weights_come_from_is_of_the_beginning(write):
+    began = facts(model=asdict(MODEL) | {"is_trained": False})
+    newer = {"is_trained": True, "positions": "right", "fresh": [], "drawn": []}
+    later = facts(2, model=asdict(MODEL) | newer)
+    model = read_evidence(write(began, step(1), step(2), later)).model
     assert (model.positions, model.is_trained) == ("right", False)
+    assert (model.fresh, model.drawn) == (("a.b",), ("norm",))
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "known"), [((), None, ()), (None, (), ()), ((), (), ())]
+)
+def test_a_load_that_was_not_compared_takes_nothing_back(write, first, later, known):
+    rows = [
+        facts(n, model=asdict(MODEL) | {"fresh": each}) for n, each in enumerate((first, later))
+    ]
+    assert read_evidence(write(rows[0], step(1), rows[1])).model.fresh == known
 
 
 def test_lines_of_another_version_are_left_out_one_by_one(write):

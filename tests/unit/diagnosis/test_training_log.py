@@ -79,7 +79,16 @@ def test_values_that_are_missing_or_no_numbers_are_none(tmp_path):
     assert (row.chance, row.margin, row.lr, row.rows_per_second) == (None, None, None, None)
 
 
-@pytest.mark.parametrize("line", ["[]", "3", '"text"', '{"kind": "step", "step": 1}', "{}"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("[]", "3", '"text"', '{"kind": "step", "step": 1}', "{}", "[" * 100_000),
+        '{"kind": "step", "step": Infinity, "loss": 1.0}',
+        '{"kind": "step", "step": 1, "loss": 1' + "0" * 400 + "}",
+        '{"kind": "step", "step": 1, "loss": 1.0, "chance": 1' + "0" * 400 + "}",
+    ],
+    ids=range(9),
+)
 def test_a_line_that_is_no_row_is_counted(tmp_path, line):
     assert read_log(write(tmp_path / "log.jsonl", line)).num_unreadable == 1
 
@@ -111,3 +120,10 @@ def test_what_was_not_finite_is_read_as_no_number(tmp_path):
 @pytest.mark.parametrize("parts", [3, [1], {"vision": {"lr": 1}}, {"vision": 1}, {"vision": []}])
 def test_parts_that_are_none_make_an_unreadable_line(tmp_path, parts):
     assert read_log(write(tmp_path / "log.jsonl", step(1, parts=parts))).num_unreadable == 1
+
+
+def test_a_fault_is_over_once_a_step_follows_it(tmp_path):
+    fault = json.dumps({"kind": "fault", "step": 2, "what": "loss", "module": ""})
+    assert read_log(write(tmp_path / "dead.jsonl", step(1), step(2), fault)).fault["step"] == 2
+    log = read_log(write(tmp_path / "log.jsonl", step(1), step(2), fault, step(2), step(3)))
+    assert log.fault is None

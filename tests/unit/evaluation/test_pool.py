@@ -1,10 +1,12 @@
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
 from colfolio.data.dataset import CorpusRow, Query, load_dataset, write_split
+from colfolio.data.relations import Relations
 from colfolio.errors import DatasetError
 from colfolio.evaluation import draw_pool, mean_metrics, model_scores, relevance_of
 from colfolio.evaluation.pool import POOL_SIZE, pool_loss, validation_metrics
@@ -28,8 +30,39 @@ def parts(tmp_path_factory):
     return load_dataset(folder, "validation")
 
 
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory):
+    """As above, with questions that are asked twice, judged negatives on a page, and two rows out.
+
+    Nothing answers query 78 but a page that all documents of query 79 stand on.
+    """
+    folder = tmp_path_factory.mktemp("crowded")
+    rows = [CorpusRow(f"c{n}", PICTURE, "book.pdf", n % PAGES) for n in range(SIZE)]
+    queries = [Query(f"q{n}", f"Part {n % 60}" if n % 2 else f"part {n % 60}") for n in range(SIZE)]
+    qrels = {f"q{n}": {f"c{n}": 1} for n in range(SIZE)}
+    qrels["q3"] |= {"c23": 0, "c43": 0, "c9": 1}
+    qrels["q5"] |= {f"c{n}": 1 for n in range(30, 50)}
+    qrels["q79"] = {f"c{n}": 1 for n in range(SIZE)}
+    write_split(folder, "validation", rows, queries, qrels)
+    return load_dataset(folder, "validation")
+
+
 def negatives_of(pool):
-    return [row.nonzero().flatten().tolist() for row in ~(pool.positives | pool.others)]
+    return [sorted(row) for row in pool.negatives.tolist()]
+
+
+def drawn_from_lists(dataset, size):
+    """The definition: of each query that takes part, so many of all its negatives, as drawn."""
+    masks = Relations(dataset, "page").masks(
+        range(len(dataset.queries)), np.arange(len(dataset.corpus))
+    )
+    positives, ignored = (mask.numpy() for mask in masks)
+    drawn = {}
+    for query in np.flatnonzero(positives.any(axis=1)).tolist():
+        negatives = np.flatnonzero(~(positives | ignored)[query])
+        generator = np.random.default_rng((0, query))
+        drawn[query] = generator.choice(negatives, size, replace=False).tolist()
+    return drawn, [np.flatnonzero(row).tolist() for row in positives if row.any()]
 
 
 def test_each_query_has_the_same_number_of_negatives_none_on_the_page_of_an_answer(parts):
@@ -39,7 +72,30 @@ def test_each_query_has_the_same_number_of_negatives_none_on_the_page_of_an_answ
         answers = {query, 7} if query == 0 else {query}
         assert len(rows) == 50
         assert not {row % PAGES for row in rows} & {row % PAGES for row in answers}
-        assert pool.positives[query].nonzero().flatten().tolist() == sorted(answers)
+        assert pool.answers[query].tolist() == sorted(answers)
+
+
+def test_the_negatives_are_those_of_a_draw_from_a_list_of_all(parts, crowded):
+    for dataset, size in ((parts, 50), (parts, 1), (crowded, 20)):
+        pool = draw_pool(dataset, size)
+        drawn, answers = drawn_from_lists(dataset, size)
+        assert dict(zip(pool.queries.tolist(), pool.negatives.tolist(), strict=True)) == drawn
+        assert [rows.tolist() for rows in pool.answers] == answers
+    assert 0 < draw_pool(crowded).num_queries < SIZE
+
+
+def test_a_pool_has_no_number_for_every_query_and_document(tmp_path):
+    count = 6_000  # whose pairs would be 36 MB
+    rows = [CorpusRow(f"c{n}", PICTURE, "book.pdf", n) for n in range(count)]
+    queries = [Query(f"q{n}", f"part {n}") for n in range(count)]
+    write_split(tmp_path, "train", rows, queries, {f"q{n}": {f"c{n}": 1} for n in range(count)})
+    dataset = load_dataset(tmp_path, "train")
+    tracemalloc.start()
+    pool = draw_pool(dataset)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert pool.num_queries == count
+    assert most < 18e6
 
 
 def test_the_pool_is_the_same_whenever_it_is_drawn_and_differs_between_queries(parts):
@@ -58,7 +114,7 @@ def test_the_loss_is_the_definition_and_at_chance_for_equal_scores(parts):
     scores = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     losses = []
     for query, rows in enumerate(negatives_of(pool)):
-        answers = [0, 7] if query == 0 else [query]
+        answers = [0, 7] if query == 0 else [query]  # of two numbers of answers
         against = [math.exp(scores[query, row] / 0.5) for row in rows]
         wanted = [math.exp(scores[query, row] / 0.5) for row in answers]
         losses.append(np.mean([math.log(1 + sum(against) / each) for each in wanted]))
@@ -70,7 +126,10 @@ def test_the_loss_is_the_definition_and_at_chance_for_equal_scores(parts):
 def test_scores_outside_of_the_pool_never_change_the_loss(parts):
     pool = draw_pool(parts, 50)
     scores = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    noisy = torch.where(pool.others, torch.full_like(scores, float("nan")), scores)
+    noisy = torch.full_like(scores, float("nan"))
+    for query, negatives in enumerate(pool.negatives):
+        own = torch.cat([negatives, torch.from_numpy(pool.answers[query])])
+        noisy[query, own] = scores[query, own]
     assert pool_loss(noisy, pool) == pool_loss(scores, pool)
 
 

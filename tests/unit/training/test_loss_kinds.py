@@ -300,3 +300,7 @@ def test_teacher_scores_belong_to_distillation_and_to_nothing_else():
 def test_a_setting_that_the_kind_does_not_use_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         LossSettings(**values)
+
+
+def test_info_nce_is_taken_in_either_spelling():
+    assert LossSettings.model_validate({"kind": "infonce"}) == LossSettings(kind="info_nce")

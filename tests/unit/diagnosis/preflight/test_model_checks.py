@@ -5,7 +5,7 @@ import torch
 from exports import CONTRACT, WEIGHTS, change, change_weights, written
 
 from colfolio.data.prompts import Templates
-from colfolio.diagnosis.preflight import check_model, library_model
+from colfolio.diagnosis.preflight import check_model, library_model, vector_checks
 from colfolio.diagnosis.preflight import model_checks as asked
 from colfolio.diagnosis.preflight.subject import Subject, merged_weights, probe_rows
 from colfolio.models import Retriever
@@ -47,7 +47,7 @@ def failed(folder):
 def test_a_sound_model_passes(target, folder_of):
     checks = checks_of(folder_of(target))
     assert list(checks) == [
-        *(asked.LOADS, asked.POSITIONS, asked.TEMPLATE, asked.BATCH, asked.ROUND_TRIP)
+        *(asked.LOADS, asked.POSITIONS, asked.TEMPLATE, asked.APART, asked.ALONE, asked.SAVED)
     ]
     assert [check for check in checks.values() if not check.passed] == []
     assert "colpali-engine from 0.3.11" in checks[asked.TEMPLATE].told
@@ -153,7 +153,7 @@ def test_padding_that_is_seen_is_found(target, folder_of, monkeypatch):
     real = library_model.LibraryModel.rows
     monkeypatch.setattr(library_model, "_padded", unmasked)
     monkeypatch.setattr(library_model.LibraryModel, "rows", rows)
-    assert failed(folder_of(target))[asked.BATCH] == "padding_side"
+    assert failed(folder_of(target))[asked.ALONE] == "padding_side"
 
 
 def test_the_library_gives_our_vectors_of_queries(model):
@@ -177,7 +177,7 @@ def test_a_save_that_loses_weights_is_found(folder_of, model, monkeypatch):
         return own(found, place, target)
 
     monkeypatch.setattr(asked, "write", lossy)
-    assert failed(folder) == {asked.ROUND_TRIP: "fresh_tensors"}
+    assert failed(folder) == {asked.SAVED: "fresh_tensors"}
 
 
 @pytest.fixture
@@ -189,9 +189,10 @@ def adapter_of(model, tmp_path):
         adapted = Retriever.from_pretrained(tmp_path / "base")
         add_lora(adapted, LoraSettings(rank=2), 0)
         if is_trained:
+            generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
                 for _, layer in lora_layers(named_modules(adapted.backbone, adapted.projection)):
-                    layer.lora_B["default"].weight.normal_()
+                    layer.lora_B["default"].weight.normal_(std=0.1, generator=generator)
         save_adapter(adapted, tmp_path / "adapter", str(tmp_path / "base"))
         if not with_contract:
             (tmp_path / "adapter" / CONTRACT).unlink()
@@ -208,15 +209,114 @@ def test_a_trained_adapter_passes(with_contract, adapter_of):
 
 
 def test_an_adapter_that_changes_nothing_is_found(adapter_of):
-    assert failed(adapter_of(is_trained=False)) == {asked.LOADS: "adapter_not_loaded"}
+    assert failed(adapter_of(is_trained=False)) == {asked.ADAPTER: "adapter_not_loaded"}
+
+
+def test_an_adapter_whose_other_matrices_are_zero_is_found(adapter_of):
+    folder = adapter_of(is_trained=True, with_contract=False)
+
+    def clear(weights):
+        for name in weights:
+            if "lora_A" in name:
+                weights[name].zero_()
+
+    change_weights(folder / "adapter_model.safetensors", clear)
+    assert failed(folder) == {asked.ADAPTER: "adapter_not_loaded"}
 
 
 def test_an_adapter_of_another_base_is_found(adapter_of, make_retriever, tmp_path):
     folder = adapter_of(is_trained=True)
     make_retriever(seed=1, dim=128, templates=ENGINE).save_pretrained(tmp_path / "base")
     check = checks_of(folder)[asked.LOADS]
-    assert not check.passed
+    assert (check.passed, check.cause) == (False, "adapter_of_another_base")
     assert "adapter of other weights" in check.told
+    assert "less strictly" not in check.told
+
+
+@pytest.mark.parametrize("target", OTHERS)
+def test_a_projection_of_zeros_is_found_and_named(target, folder_of):
+    folder = folder_of(target)
+    for path in folder.rglob("*.safetensors"):
+        change_weights(path, _clear_projection)
+    checks = checks_of(folder)
+    assert not checks[asked.APART].passed
+    assert "lengths of 0 to 0" in checks[asked.APART].told
+    assert checks[asked.ALONE].cause in ("", "not_finite")  # 0 / 0 where the library divides
+
+
+def _clear_projection(weights):
+    for name, tensor in weights.items():
+        if "proj_layer" in name or "text_proj" in name or name.startswith("linear"):
+            tensor.zero_()
+
+
+def test_vectors_that_are_all_alike_are_found(folder_of):
+    folder = folder_of("colpali-engine")
+
+    def change_projection(weights):
+        weights["custom_text_proj.weight"].zero_()
+        weights["custom_text_proj.bias"].fill_(1)
+
+    change_weights(folder / WEIGHTS, change_projection)
+    assert failed(folder) == {asked.APART: "collapsed"}
+
+
+def test_a_vision_tower_that_sees_nothing_is_found(folder_of):
+    folder = folder_of("colpali-engine")
+
+    def blind(weights):
+        for name, tensor in weights.items():
+            if "patch_embed" in name:
+                tensor.zero_()
+
+    change_weights(folder / WEIGHTS, blind)
+    assert failed(folder) == {asked.APART: "images_unseen"}
+
+
+def test_vectors_that_are_no_numbers_are_not_called_padding(model):
+    rows, other = [torch.full((2, 4), float("nan")), torch.ones(1, 4)], [torch.ones(2, 4)]
+    apart = vector_checks.most_apart(rows, [*other, torch.ones(1, 4)])
+    check = vector_checks.alike(asked.ALONE, apart, 1e-4, "nan", "padding_side")
+    assert (check.passed, check.cause) == (False, "not_finite")
+
+
+@pytest.mark.parametrize(
+    ("break_file", "cause"),
+    [
+        (lambda folder: (folder / WEIGHTS).write_bytes(b"cut"), ""),
+        (lambda folder: (folder / "tokenizer.json").unlink(), ""),
+        (lambda folder: change_weights(folder / WEIGHTS, _spoil), "not_finite"),
+    ],
+    ids=["cut", "no tokenizer", "nan"],
+)
+def test_files_that_no_library_reads_are_not_blamed_on_lenient_ones(break_file, cause, folder_of):
+    folder = folder_of("colpali-engine")
+    break_file(folder)
+    (check,) = check_model(str(folder), device="cpu")
+    assert (check.passed, check.cause) == (False, cause)
+    assert "less strictly" not in check.told
+
+
+def _spoil(weights):
+    next(iter(weights.values())).fill_(float("nan"))
+
+
+def test_a_chat_template_without_its_slot_is_named(folder_of):
+    folder = folder_of("sentence-transformers")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }} wrong")
+    (check,) = check_model(str(folder), device="cpu")
+    assert (check.passed, check.cause) == (False, "wrong_template")
+
+
+def test_a_half_precise_backbone_below_a_wide_projection_is_judged_by_the_backbone(folder_of):
+    folder = folder_of("sentence-transformers")
+
+    def narrow(weights):
+        for name in weights:
+            weights[name] = weights[name].bfloat16()
+
+    change_weights(folder / WEIGHTS, narrow)
+    assert failed(folder) == {}
 
 
 def test_positions_of_ours_are_asked_as_we_encode(folder_of, model):

@@ -8,31 +8,39 @@ import torch
 from torch import nn
 
 from colfolio.batch import MultiVectors
+from colfolio.data import collate, sampler
 from colfolio.data.collate import Collator
 from colfolio.data.dataset import CorpusRow, Query, load_dataset, write_split
 from colfolio.data.picks import BatchSettings, Picker
 from colfolio.data.prompts import Prompter
 from colfolio.data.relations import Relations
+from colfolio.diagnosis.evidence import Settled
 from colfolio.diagnosis.ledger import make_ledger
-from colfolio.diagnosis.preflight import check_first, check_run
+from colfolio.diagnosis.preflight import check_first, check_run, score_checks
 from colfolio.diagnosis.preflight import data_checks as data
 from colfolio.diagnosis.preflight import equality_checks as equality
 from colfolio.diagnosis.preflight import input_checks as inputs
 from colfolio.diagnosis.preflight import learning_checks as learning
-from colfolio.diagnosis.preflight.check import run_checks
+from colfolio.diagnosis.preflight import vector_checks as vectors
+from colfolio.diagnosis.preflight.check import Check, run_checks
+from colfolio.diagnosis.preflight.steps import Descent
 from colfolio.diagnosis.preflight.trial import make_trial
+from colfolio.diagnosis.run_evidence import settled_of
 from colfolio.diagnosis.signals import measure_data
+from colfolio.errors import DatasetError
 from colfolio.models import Retriever, projected
+from colfolio.models.adapters import LoraSettings, add_lora, save_adapter
 from colfolio.training import TrainSettings, start_training
 from colfolio.training.exact_batch import ExactBatch
 
 SETTINGS = {
     "steps": 6,
     "seed": 3,
-    "batch": {"rows": 6},
+    "batch": {"rows": 8},
     "optimiser": {"lr": 1e-2, "warmup_steps": 2},
     "precision": "fp32",
 }
+SETTLED = Settled("info_nce", rows=12)
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +89,24 @@ def checks_of(shapes_folder, base_folder):
 def trial_of(shapes_folder):
     """What the checks of a run are made on."""
     return lambda state, folder=shapes_folder: make_trial(state, load_dataset(folder, "train"))
+
+
+@pytest.fixture
+def count_of(shapes_folder):
+    """Makes the ledger of a run."""
+
+    def count_of(state):
+        dataset = load_dataset(shapes_folder, "train")
+        lengths = state.retriever.collator.query_lengths
+        return lambda: make_ledger(dataset, state.settings, 1, lengths)
+
+    return count_of
+
+
+@pytest.fixture
+def start_of(trial_of, count_of):
+    """The check of a run's first loss."""
+    return lambda state: learning.start_of_loss(trial_of(state), count_of(state))
 
 
 def everything_of(state):
@@ -183,7 +209,7 @@ def test_weights_that_a_load_draws_are_found(begin, base_folder):
 
 
 def test_too_few_candidates_are_found(begin, shapes_folder):
-    state = begin(batch={"rows": 6, "candidates": 7})
+    state = begin(batch={"rows": 8, "candidates": 9})
     dataset, lengths = load_dataset(shapes_folder, "train"), state.retriever.collator.query_lengths
     check = data.candidates(
         lambda: make_ledger(dataset, state.settings, 1, lengths), state.settings
@@ -204,13 +230,17 @@ def test_labels_beside_their_documents_are_found(begin, trial_of, monkeypatch):
 
 @pytest.fixture
 def facts_of(tmp_path, encode_png, random_image):
-    """The facts of a data set of pictures with these numbers, some of them more than once."""
+    """The facts of a data set of pictures with these numbers, some of them more than once.
+
+    None is a page of one colour.
+    """
 
     def write(split, pictures):
         rows, queries, qrels = [], [], {}
         for place, picture in enumerate(pictures):
             name = f"{split}-{place}"
-            image = encode_png(random_image(56, 56, seed=picture))
+            pixels = random_image(56, 56, seed=picture or 0)
+            image = encode_png(pixels if picture is not None else 0 * pixels)
             rows.append(CorpusRow(name, image, name))
             queries.append(Query(name, f"what is {name}"))
             qrels[name] = {name: 1}
@@ -229,27 +259,138 @@ def facts_of(tmp_path, encode_png, random_image):
 
 def test_copies_of_answers_among_the_negatives_are_found(shared_retriever, facts_of):
     facts = facts_of(shared_retriever, [n // 3 for n in range(24)], range(40, 52))
-    assert_fails(data.no_false_negatives(facts), "false_negatives")
-    assert data.splits_apart(facts).passed
+    assert_fails(data.no_false_negatives(facts, SETTLED), "false_negatives")
+    assert data.splits_apart(facts, SETTLED).passed
 
 
 def test_images_of_two_splits_are_found(shared_retriever, facts_of):
     facts = facts_of(shared_retriever, range(24), range(20, 32))
-    assert_fails(data.splits_apart(facts), "leaked_split")
-    assert data.no_false_negatives(facts).passed
+    assert_fails(data.splits_apart(facts, SETTLED), "leaked_split")
+    assert data.no_false_negatives(facts, SETTLED).passed
 
 
-def test_scores_too_far_apart_for_their_temperature_are_found(begin, trial_of):
-    check = learning.start_of_loss(trial_of(begin(loss={"temperature": 0.01})))
+def test_scores_too_far_apart_for_their_temperature_are_found(begin, start_of):
+    check = start_of(begin(loss={"temperature": 0.01}))
     assert_fails(check, "temperature_too_low")
     assert "train.loss.temperature" in check.told
 
 
-def test_trained_weights_that_know_nothing_are_found(begin, trial_of):
+@pytest.fixture
+def trained(begin):
+    """A run's state whose contract says that its weights were trained before."""
+
+    def trained(**changed):
+        state = begin(**changed)
+        told = {"recipe": {"train": {}}}
+        state.retriever.contract = state.retriever.contract.model_copy(update=told)
+        return state
+
+    return trained
+
+
+def test_trained_weights_that_know_nothing_are_found(trained, start_of):
+    assert not start_of(trained()).passed
+
+
+def test_trained_weights_that_rank_well_pass_whatever_their_loss(trained, start_of, monkeypatch):
+    def half_right(trial, precision=None):
+        scores = trial.batch.positives.float()
+        scores[::2] = 0.9 * scores[::2].roll(1, dims=1) + 0.8 * scores[::2]
+        return scores
+
+    monkeypatch.setattr(learning, "scores_of", half_right)
+    check = start_of(trained(loss={"temperature": 0.02}))
+    loss, chance = numbers_of(check)
+    assert loss > chance
+    assert check.passed
+
+
+def numbers_of(check):
+    """Loss and chance as a line tells them."""
+    words = check.told.split()
+    return float(words[0]), float(words[3])
+
+
+def test_with_the_bias_that_is_named_the_loss_of_the_sigmoid_is_least(begin, start_of):
+    check = start_of(begin(loss={"kind": "sigmoid"}))
+    assert check.passed
+    bias = float(check.told.split("bias ")[1].split(",")[0])
+    losses = [
+        numbers_of(start_of(begin(loss={"kind": "sigmoid", "bias": bias + step})))[0]
+        for step in (-1.0, 0.0, 1.0)
+    ]
+    assert losses[1] < min(losses[0], losses[2])
+    assert losses[1] < 0.5 * numbers_of(check)[0]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "cause"),
+    [(1.0, ""), (40.0, "temperature_floor"), (1e3, "temperature_too_high")],
+)
+def test_a_temperature_that_leaves_no_room_is_found(temperature, cause, begin, count_of):
+    check = learning.floor_of_loss(count_of(begin(loss={"temperature": temperature})))
+    assert (check.passed, check.cause) == (not cause, cause), check
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_candidates_that_are_few_are_found_with_the_setting(accumulation, begin, count_of):
+    state = begin(batch={"rows": 2}, accumulation=accumulation)
+    check = data.enough_candidates(count_of(state), settled_of(state.settings))
+    assert_fails(check, "few_candidates")
+    assert ("4 accumulated batches of 2 rows" in check.told) == (accumulation > 1)
+
+
+def test_a_run_whose_batches_teach_nothing_is_told_what_training_would_tell(begin, trial_of):
+    with pytest.raises(DatasetError, match="teaches nothing"):
+        trial_of(begin(batch={"rows": 1}))
+
+
+def test_an_order_that_never_changes_is_found(shared_retriever, facts_of, monkeypatch):
+    monkeypatch.setattr(sampler, "_epoch_order", lambda weights, *_: np.arange(len(weights)))
+    facts = facts_of(shared_retriever, range(96), range(100, 112))
+    assert_fails(data.drawn_anew(facts, SETTLED), "fixed_order")
+    assert data.pages_show_something(facts, SETTLED).passed
+
+
+def test_pages_that_show_nothing_are_found(shared_retriever, facts_of):
+    facts = facts_of(shared_retriever, [*range(12), *[None] * 12], range(40, 52))
+    assert_fails(data.pages_show_something(facts, SETTLED), "blank_documents")
+
+
+def test_labels_that_trained_weights_contradict_are_named(trained, trial_of, monkeypatch):
+    state, trial = trained(), trial_of(trained())
+    picker = Picker(trial.dataset, state.settings.batch, 0)
+    settled = settled_of(state.settings)
+    monkeypatch.setattr(score_checks, "can_retrieve", lambda _: True)
+    own = score_checks.Probe.measure
+
+    def contradicting(self, *given):
+        return replace(own(self, *given), loss=9.0, accuracy=0.0)
+
+    assert score_checks.first_scores(trial, lambda: picker, settled).passed
+    monkeypatch.setattr(score_checks.Probe, "measure", contradicting)
+    assert_fails(score_checks.first_scores(trial, lambda: picker, settled), "wrong_labels")
+
+
+def test_images_that_are_not_seen_are_named(begin, trial_of, monkeypatch):
+    own = collate.to_patches
+    monkeypatch.setattr(collate, "to_patches", lambda *given: (own(*given)[0] * 0, own(*given)[1]))
     state = begin()
-    told = {"recipe": {"train": {}}}
-    state.retriever.contract = state.retriever.contract.model_copy(update=told)
-    assert not learning.start_of_loss(trial_of(state)).passed
+    picker = Picker(trial_of(state).dataset, state.settings.batch, 0)
+    check = score_checks.first_scores(trial_of(state), lambda: picker, settled_of(state.settings))
+    assert_fails(check, "images_unseen")
+
+
+def test_a_loaded_adapter_has_a_line_and_fresh_ones_have_none(
+    begin, checks_of, base_folder, tmp_path
+):
+    assert vectors.ADAPTER not in checks_of(begin(lora={"rank": 2}))
+    adapted = Retriever.from_pretrained(base_folder)
+    add_lora(adapted, LoraSettings(rank=2), 0)
+    save_adapter(adapted, tmp_path / "adapter", str(base_folder))
+    settings = TrainSettings.model_validate(SETTINGS)
+    state = start_training(Retriever.from_pretrained(tmp_path / "adapter"), settings)
+    assert_fails(checks_of(state)[vectors.ADAPTER], "adapter_not_loaded")  # B is zero
 
 
 def test_a_part_that_no_gradient_reaches_is_found(begin, trial_of, monkeypatch):
@@ -282,6 +423,16 @@ def test_a_frozen_weight_that_changes_is_found(begin, trial_of):
 def test_a_rate_below_what_weights_can_hold_is_found(begin, trial_of):
     settings = {"lr": 1e-12, "weight_decay": 0.0}
     assert_fails(learning.frozen_weights(trial_of(begin(optimiser=settings))), "rate_too_low")
+
+
+def test_a_pairwise_loss_that_makes_all_scores_equal_has_collapsed(begin, trial_of):
+    trial = trial_of(begin(loss={"kind": "pairwise"}))
+    left, way = Descent(0.0, 0.0, 1e-3, ""), Descent(0.3, 0.0, 1.0, "")
+    assert learning._why_not_learnt(trial, left, left, way)[0] == "collapsed"
+    other = trial_of(begin())
+    assert learning._why_not_learnt(other, left, left, left)[0] == "collapsed"
+    assert learning._why_not_learnt(other, left, left, way)[0] == "rate_too_high"
+    assert learning._why_not_learnt(other, way, way, way)[0] == "not_started"
 
 
 @pytest.mark.parametrize("lr", [1e-7, 1e3])
@@ -359,6 +510,32 @@ def test_a_check_that_ends_in_an_error_has_failed():
 
     (check,) = run_checks({"loss": diverge})
     assert (check.name, check.passed, check.told) == ("loss", False, "it diverged")
+
+
+def test_a_mistake_in_a_check_fails_its_line_and_the_next_is_asked():
+    def mistaken():
+        raise ValueError("a rule that nobody thought of")
+
+    asked = {"first": mistaken, "second": lambda: Check("second", True, "1")}
+    assert [(check.name, check.passed) for check in run_checks(asked)] == [
+        ("first", False),
+        ("second", True),
+    ]
+
+
+def test_no_gradient_at_all_is_no_difference_between_chunks(begin, trial_of, monkeypatch):
+    own = Retriever.forward
+
+    def cut_off(self, packed, below=None):
+        made = own(self, packed, below)
+        return MultiVectors(made.vectors + 0 * made.vectors.detach(), made.offsets)
+
+    trial = trial_of(begin())
+    monkeypatch.setattr(Retriever, "forward", cut_off)
+    with torch.no_grad():
+        trial.retriever.projection.weight.zero_()
+    check = equality.chunks_alike(trial)
+    assert (check.passed, "nan" in check.told) == (True, False), check
 
 
 def test_rank_correlation_is_one_for_the_same_order_and_minus_one_for_the_other():

@@ -9,7 +9,7 @@ import torch
 from colfolio.data.dataset import CorpusRow, Query, load_dataset, write_split
 from colfolio.data.picks import BatchSettings, Picker
 from colfolio.diagnosis.signals import measure_data
-from colfolio.diagnosis.signals.data_facts import copied_share, leaked_queries, truncated_share
+from colfolio.diagnosis.signals.data_facts import copied_share, truncated_share
 from colfolio.diagnosis.signals.drawn_rows import meeting_again, with_neighbours
 from colfolio.diagnosis.signals.read_images import ReadImages
 
@@ -50,6 +50,8 @@ def test_clean_data_has_no_fault(shapes, held_out, facts_of, make_batch):
     assert (facts.truncated, facts.blank, facts.copies, facts.leaked) == (0, 0, 0, 0)
     # 56 x 112 pixels are 2 x 4 tokens; three of the template's stand around them
     assert facts.median_document_tokens == 8 + len(_template_ids(make_batch()))
+    lengths = make_batch().queries.lengths
+    assert lengths.min() <= facts.median_query_tokens <= lengths.max()
     assert facts.epoch_overlap < 0.4
     assert facts.neighbours < 0.4
 
@@ -128,13 +130,46 @@ def test_an_image_of_the_same_place_is_found_in_a_corpus_of_any_size(
     assert facts_of(train, validation).leaked == 1
 
 
-def test_validation_queries_that_training_asks_are_found_unless_they_are_known_to_be(shapes):
-    asked = [Query("a", shapes.queries[0].text.upper()), Query("b", "of its own")]
+@pytest.fixture
+def asked_again(write, random_image):
+    """Training, and a validation split that asks four of its ten texts, of the images given."""
 
-    assert leaked_queries(shapes.queries, asked) == 0.5
-    known = [replace(asked[0], seen=True), asked[1]]
-    assert leaked_queries(shapes.queries, known) == 0
-    assert leaked_queries(shapes.queries, []) == 0
+    def make(images):
+        pairs = [(f"text {n}", random_image(28, 28, n)) for n in range(24)]
+        others = [(f"question {n}", random_image(56, 28, 90 + n)) for n in range(6)]
+        return write(
+            train=pairs,
+            validation=[*((f"Text  {n}", image) for n, image in enumerate(images)), *others],
+        )
+
+    return make
+
+
+def test_a_common_question_on_other_pages_leaks_nothing(asked_again, facts_of, random_image):
+    train, validation = asked_again([random_image(56, 28, n) for n in range(4)])
+    assert facts_of(train, validation).leaked == 0
+
+
+def test_queries_that_training_asks_of_the_same_page_are_found(
+    asked_again, facts_of, random_image, monkeypatch
+):
+    pages = [random_image(28, 28, n) for n in range(3)] + [random_image(56, 28, 3)]
+    train, validation = asked_again(pages)
+    # of the images alone nothing is seen
+    monkeypatch.setattr("colfolio.diagnosis.signals.data_facts._leaked_images", lambda *_: 0.0)
+    assert facts_of(train, validation).leaked == pytest.approx(3 / 10)
+    known = [replace(query, seen=True) for query in validation.queries]
+    monkeypatch.setattr(validation, "queries", known)
+    assert facts_of(train, validation).leaked == 0
+
+
+def test_of_many_queries_that_training_asks_some_are_looked_at(
+    asked_again, facts_of, random_image, monkeypatch
+):
+    train, validation = asked_again([random_image(28, 28, n) for n in range(4)])
+    monkeypatch.setattr("colfolio.diagnosis.signals.data_facts._leaked_images", lambda *_: 0.0)
+    monkeypatch.setattr("colfolio.diagnosis.signals.data_facts._MOST_HELD_OUT", 2)
+    assert facts_of(train, validation).leaked == pytest.approx(4 / 10)
 
 
 def test_documents_that_lost_image_tokens_are_counted(make_batch, shared_retriever):

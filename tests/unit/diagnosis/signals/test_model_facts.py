@@ -11,14 +11,17 @@ from colfolio.data.prompts import Prompter
 from colfolio.diagnosis.signals import measure_model
 from colfolio.diagnosis.signals.model_facts import (
     adapter_effect,
-    is_trained,
+    can_retrieve,
+    drawn_parts,
     open_and_frozen,
+    positions_of,
+    row_difference,
     text_positions,
 )
 from colfolio.diagnosis.signals.template_faults import template_faults
 from colfolio.models import adapters
 from colfolio.models.contract import Source
-from colfolio.mrope import Qwen2VL, Span
+from colfolio.mrope import Qwen2VL, Span, Verdict
 
 
 @pytest.fixture
@@ -47,9 +50,10 @@ def test_a_sound_model_of_any_family_has_no_fault(make_family_retriever, make_ba
     retriever = make_family_retriever(family)
     probe = Probe(make_batch(retriever=retriever))
     facts = measure_model(retriever, probe, "fp32", read_again=retriever.weights)
-    assert (facts.positions, facts.template_faults, facts.padding_side) == ("right", (), None)
+    assert (facts.positions, facts.template_faults) == ("right", ())
     assert "right" in facts.positions_told
-    assert (facts.fresh, facts.is_reloaded_alike, facts.is_trained) == ((), True, False)
+    assert facts.row_difference < 1e-4
+    assert (facts.fresh, facts.is_trained, facts.drawn) == ((), False, tuple(facts.trains))
     assert (facts.adapter_effect, facts.adapter_is_of_base, facts.frozen) == (None, None, {})
     total = sum(parameter.numel() for parameter in retriever.parameters())
     assert sum(facts.trains.values()) == total
@@ -110,13 +114,12 @@ def test_tensors_that_a_second_load_has_otherwise_are_named(retriever, probe):
 
     facts = measure_model(retriever, probe, "fp32", read_again=drawn_anew)
     assert set(facts.fresh) == {"custom_text_proj.weight", "custom_text_proj.bias"}
-    assert not facts.is_reloaded_alike
 
 
 def test_weights_in_another_dtype_are_the_same(make_retriever, probe):
     narrow, wide = make_retriever(dtype="bfloat16"), make_retriever(dtype="bfloat16").float()
     facts = measure_model(wide, probe, "fp32", read_again=narrow.weights)
-    assert facts.is_reloaded_alike
+    assert facts.fresh == ()
 
 
 def test_an_adapter_is_measured_and_left_as_it_was(with_adapter, probe):
@@ -126,7 +129,6 @@ def test_an_adapter_is_measured_and_left_as_it_was(with_adapter, probe):
     facts = measure_model(retriever, probe, "fp32", has_loaded_adapter=True)
     assert facts.adapter_effect > 0.01
     assert facts.adapter_is_of_base is True
-    assert facts.is_trained
     assert retriever.fingerprint() == before
     assert [parameter.requires_grad for parameter in retriever.parameters()] == opened
 
@@ -163,25 +165,62 @@ def test_what_trains_and_what_is_frozen_is_counted_by_part(with_adapter, retriev
     assert "layers" in frozen
 
 
-def test_weights_are_trained_where_the_contract_says_so(retriever):
-    def said(**changed):
-        retriever.contract = retriever.contract.model_copy(update=changed)
-        return is_trained(retriever)
+_EVERY = ("vision", "merger", "embedding", "layers", "norm", "projection")
 
-    assert not said()
-    for changed in (
-        {"recipe": {"train": {}}},
-        {"recipe": None, "data": {"shapes train": "…"}},
-        {"data": {}, "source": Source(name="org/model")},
-        {"source": None, "projection_hash": ""},
-    ):
-        assert said(**changed), changed
+
+@pytest.mark.parametrize(
+    ("changed", "is_trained", "drawn"),
+    [
+        ({}, False, _EVERY),
+        ({"source": Source(name="org/backbone")}, False, ("projection",)),
+        ({"recipe": {"train": {}}}, True, ()),
+        ({"data": {"shapes train": "…"}}, True, ()),
+        ({"source": Source(name="org/retriever"), "recipe": {"train": {}}}, True, ()),
+        ({"projection_hash": ""}, True, ()),
+    ],
+)
+def test_what_was_trained_and_what_was_drawn_is_what_the_contract_says(
+    retriever, changed, is_trained, drawn
+):
+    retriever.contract = retriever.contract.model_copy(update=changed)
+    assert can_retrieve(retriever) is is_trained
+    assert drawn_parts(retriever) == drawn
+
+
+@pytest.mark.parametrize(
+    ("settings", "drawn"),
+    [
+        ({}, ("vision", "merger", "embedding", "norm")),
+        ({"projection": "frozen"}, ("vision", "merger", "embedding", "norm", "projection")),
+    ],
+)
+def test_what_adapters_change_is_not_as_it_was_drawn(with_adapter, settings, drawn):
+    assert drawn_parts(with_adapter(**settings)) == drawn
+
+
+def test_a_row_that_sees_another_is_measured(retriever, probe, monkeypatch):
+    forward = type(retriever).forward
+
+    def leaking(self, packed, *rest):
+        found = forward(self, packed, *rest)
+        return replace(found, vectors=found.vectors + 0.1 * found.vectors.mean(dim=0))
+
+    assert row_difference(retriever, probe, "fp32") < 1e-4
+    monkeypatch.setattr(type(retriever), "forward", leaking)
+    assert measure_model(retriever, probe, "fp32").row_difference > 1e-3
+
+
+def test_positions_that_cannot_be_judged_are_not_called_right(retriever, probe, monkeypatch):
+    untold = Verdict((), 2, "no grids were told")
+    monkeypatch.setattr("colfolio.mrope.guard.judge", lambda *_: untold)
+    assert positions_of(retriever, probe)[0] is None
 
 
 def test_without_a_probe_nothing_is_run(retriever, monkeypatch):
     monkeypatch.setattr(type(retriever), "forward", lambda *_: pytest.fail("was run"))
     facts = measure_model(retriever, None, "fp32", has_loaded_adapter=True)
-    assert facts.positions == "right"
+    assert (facts.positions, facts.template_faults, facts.row_difference) == (None, None, None)
+    assert facts.fresh is None
     assert facts.trains
 
 

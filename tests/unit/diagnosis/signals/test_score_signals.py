@@ -41,6 +41,14 @@ def test_the_mean_margin_is_that_of_its_definition(drawn):
     assert mean_margin(*drawn) == pytest.approx(np.mean(margins), rel=1e-6)
 
 
+def test_a_query_without_any_negative_has_no_margin():
+    scores = torch.tensor([[5.0, 4.0], [1.0, 2.0]])
+    positives = torch.tensor([[True, False], [True, False]])
+    ignored = torch.tensor([[False, True], [False, False]])
+    assert mean_margin(scores, positives, ignored) == -1
+    assert math.isnan(mean_margin(scores[:1], positives[:1], ignored[:1]))
+
+
 def test_the_rank_is_that_of_the_weakest_positive_among_the_negatives(drawn):
     scores, positives, ignored = (each.numpy() for each in drawn)
     ranks = [
@@ -125,6 +133,15 @@ def test_rounded_scores_are_less_distinct_and_have_an_error():
     expected = float((rounded.double() - scores.double()).abs().max()) / spread
     assert score_error(rounded, scores.double(), spread) == pytest.approx(expected)
     assert score_error(torch.ones(2, 2), torch.ones(2, 2), 0.0) == 0
+
+
+def test_scores_that_are_no_numbers_are_neither_distinct_nor_exact():
+    scores = torch.full((3, 3), math.nan)
+    assert distinct_share(scores) == 0
+    scores[0, 0] = 1.0
+    assert distinct_share(scores) == pytest.approx(1 / 9)
+    assert math.isnan(score_error(scores, scores.double(), math.nan))
+    assert math.isnan(score_error(scores, scores.double(), 1.0))
 
 
 def test_the_histogram_counts_every_score_that_is_compared_once(drawn):
