@@ -165,7 +165,7 @@ def frozen_parts(reading: Reading) -> Finding | RuledOut | None:
     held = {part: count for part, count in frozen.items() if part in model.drawn}
     if not held:
         return RuledOut("frozen_parts", "what is frozen was trained before")
-    if reading.has_learnt or reading.was_good or (reading.gain is None and not reading.is_poor):
+    if reading.has_gained or reading.was_good or (reading.gain is None and not reading.is_poor):
         return RuledOut("frozen_parts", "the loss falls with them frozen")
     share = sum(held.values()) / (sum(frozen.values()) + sum(model.trains.values()))
     return Finding(
