@@ -14,9 +14,9 @@ from colfolio.commands.findings import print_diagnosis
 from colfolio.commands.run_folder import LOG_FILE, RECIPE_FILE
 from colfolio.diagnosis.causes import HEALTHY, Diagnosis, diagnose
 from colfolio.diagnosis.evidence import Evidence
-from colfolio.diagnosis.foreign_diagnosis import diagnose_log
-from colfolio.diagnosis.foreign_files import STATE_FILE
-from colfolio.diagnosis.foreign_log import ForeignLoss, read_foreign_log
+from colfolio.diagnosis.foreign.diagnosis import diagnose_log
+from colfolio.diagnosis.foreign.files import STATE_FILE
+from colfolio.diagnosis.foreign.log import ForeignLoss, read_foreign_log
 from colfolio.diagnosis.run_evidence import read_run
 from colfolio.errors import ColfolioError
 

@@ -14,7 +14,7 @@ from colfolio.commands.run_folder import TrainRecipe
 from colfolio.config import load_settings
 from colfolio.data.conversations import load_conversations
 from colfolio.data.dataset import load_dataset
-from colfolio.diagnosis.ledger import check_reachable
+from colfolio.diagnosis.ledgers.ledger import check_reachable
 from colfolio.diagnosis.planning import (
     MARGIN,
     BatchSize,

@@ -10,8 +10,8 @@ from colfolio.commands.run_folder import RECIPE_FILE, RunFolder, TrainRecipe, da
 from colfolio.data.conversations import ConversationDataset
 from colfolio.data.dataset import RetrievalDataset
 from colfolio.diagnosis import Highlight, ReportData, TrainingLog, read_log, write_report
-from colfolio.diagnosis.drawing import stretch_size
-from colfolio.diagnosis.heat_examples import HeatExample, heat_examples
+from colfolio.diagnosis.reporting.drawing import stretch_size
+from colfolio.diagnosis.reporting.heat_examples import HeatExample, heat_examples
 from colfolio.evaluation import random_order_score
 from colfolio.training import TrainingState
 

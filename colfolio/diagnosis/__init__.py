@@ -1,8 +1,9 @@
 """What a run will be compared with, what it did and why: ledger, log, curves, report."""
 
-from colfolio.diagnosis.ledger import Ledger, check_reachable, make_ledger
-from colfolio.diagnosis.ledger_lines import ledger_lines
-from colfolio.diagnosis.report import (
+from colfolio.diagnosis.ledgers.ledger import Ledger, check_reachable, make_ledger
+from colfolio.diagnosis.ledgers.lines import ledger_lines
+from colfolio.diagnosis.ledgers.text import TextLedger, make_text_ledger
+from colfolio.diagnosis.reporting.report import (
     CommandRun,
     Example,
     Highlight,
@@ -13,7 +14,6 @@ from colfolio.diagnosis.report import (
     render_report,
     write_report,
 )
-from colfolio.diagnosis.text_ledger import TextLedger, make_text_ledger
 from colfolio.diagnosis.training_log import LoggedEvaluation, LoggedStep, TrainingLog, read_log
 
 __all__ = [

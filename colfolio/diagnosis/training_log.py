@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from colfolio.diagnosis.ledger import Ledger
-from colfolio.diagnosis.text_ledger import TextLedger
+from colfolio.diagnosis.ledgers.ledger import Ledger
+from colfolio.diagnosis.ledgers.text import TextLedger
 from colfolio.errors import ColfolioError
 
 _LEDGER, _TEXT_LEDGER = TypeAdapter(Ledger), TypeAdapter(TextLedger)

@@ -13,7 +13,7 @@ from colfolio.data.dataset import RetrievalDataset
 from colfolio.diagnosis.causes import data_causes
 from colfolio.diagnosis.causes.learning_causes import few_candidates
 from colfolio.diagnosis.evidence import DataFacts, Evidence, Settled
-from colfolio.diagnosis.ledger import Ledger
+from colfolio.diagnosis.ledgers.ledger import Ledger
 from colfolio.diagnosis.preflight.check import Check
 from colfolio.diagnosis.preflight.rule_checks import ruled
 from colfolio.diagnosis.preflight.trial import Trial

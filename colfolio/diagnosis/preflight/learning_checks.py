@@ -18,7 +18,7 @@ from colfolio.diagnosis.causes.thresholds import (
     NO_ROOM,
     STEEP_START,
 )
-from colfolio.diagnosis.ledger import Ledger
+from colfolio.diagnosis.ledgers.ledger import Ledger
 from colfolio.diagnosis.preflight.check import Check
 from colfolio.diagnosis.preflight.steps import FACTORS, MOST_STEPS, WAY, Descent, Steps
 from colfolio.diagnosis.preflight.trial import Trial, as_found, scores_of, settled

@@ -10,7 +10,7 @@ from functools import partial
 from colfolio.data.dataset import RetrievalDataset
 from colfolio.data.picks import Picker
 from colfolio.diagnosis.evidence import DataFacts
-from colfolio.diagnosis.ledger import Ledger
+from colfolio.diagnosis.ledgers.ledger import Ledger
 from colfolio.diagnosis.preflight import data_checks as data
 from colfolio.diagnosis.preflight import equality_checks as equality
 from colfolio.diagnosis.preflight import input_checks as inputs

@@ -7,9 +7,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from colfolio.diagnosis.charts import run_course, training_charts
-from colfolio.diagnosis.drawing import Course, Mark, binned, drawing, spread
-from colfolio.diagnosis.part_charts import part_charts, part_rows, zero_gradients
+from colfolio.diagnosis.reporting.charts import run_course, training_charts
+from colfolio.diagnosis.reporting.drawing import Course, Mark, binned, drawing, spread
+from colfolio.diagnosis.reporting.part_charts import part_charts, part_rows, zero_gradients
 from colfolio.diagnosis.training_log import (
     LoggedEvaluation,
     LoggedPart,

@@ -7,8 +7,8 @@ from itertools import count
 import pytest
 
 from colfolio.diagnosis.causes import HEALTHY, UNKNOWN
-from colfolio.diagnosis.foreign_diagnosis import diagnose_log
-from colfolio.diagnosis.foreign_log import read_foreign_log
+from colfolio.diagnosis.foreign.diagnosis import diagnose_log
+from colfolio.diagnosis.foreign.log import read_foreign_log
 from colfolio.errors import ColfolioError
 
 LN2 = math.log(2)

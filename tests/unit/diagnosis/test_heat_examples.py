@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from colfolio.data.dataset import load_dataset
-from colfolio.diagnosis import heat_examples as module
-from colfolio.diagnosis.heat_examples import heat_examples
+from colfolio.diagnosis.reporting import heat_examples as module
+from colfolio.diagnosis.reporting.heat_examples import heat_examples
 from colfolio.maxsim import maxsim
 
 

@@ -14,15 +14,15 @@ from colfolio.data.picks import Picker
 from colfolio.data.relations import Relations
 from colfolio.data.sampler import SamplerPosition
 from colfolio.data.teacher import TeacherScores
-from colfolio.diagnosis.ledger import Range, check_reachable, make_ledger
-from colfolio.diagnosis.ledger_counts import (
+from colfolio.diagnosis.ledgers.counts import (
     OTHER_ANSWERS,
     SAME_DOCUMENT,
     SAME_PAGE,
     UNSCORED,
     BatchCounter,
 )
-from colfolio.diagnosis.ledger_lines import ledger_lines, ledger_rows
+from colfolio.diagnosis.ledgers.ledger import Range, check_reachable, make_ledger
+from colfolio.diagnosis.ledgers.lines import ledger_lines, ledger_rows
 from colfolio.diagnosis.training_log import read_log
 from colfolio.errors import DatasetError, RecipeError
 from colfolio.training import TrainSettings, start_training, train

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from html_page import HOSTILE, Page
 
-from colfolio.diagnosis import report as report_module
-from colfolio.diagnosis.ledger import Ledger, Range
-from colfolio.diagnosis.report import (
+from colfolio.diagnosis.ledgers.ledger import Ledger, Range
+from colfolio.diagnosis.reporting import report as report_module
+from colfolio.diagnosis.reporting.report import (
     MAX_REPORT_BYTES,
     CommandRun,
     Example,

@@ -9,9 +9,9 @@ from html_page import HOSTILE, Page
 
 from colfolio.diagnosis.causes import diagnose
 from colfolio.diagnosis.evidence import ProbeSignals
-from colfolio.diagnosis.heat_examples import HeatExample, TokenShare
-from colfolio.diagnosis.probe_charts import score_histograms
-from colfolio.diagnosis.report import Highlight, ReportData, render_report
+from colfolio.diagnosis.reporting.heat_examples import HeatExample, TokenShare
+from colfolio.diagnosis.reporting.probe_charts import score_histograms
+from colfolio.diagnosis.reporting.report import Highlight, ReportData, render_report
 from colfolio.diagnosis.run_evidence import evidence_of_log
 from colfolio.diagnosis.training_log import LoggedEvaluation, LoggedStep, TrainingLog
 

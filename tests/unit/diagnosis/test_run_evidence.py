@@ -14,7 +14,7 @@ from colfolio.diagnosis.evidence import (
     ProbeSignals,
     Settled,
 )
-from colfolio.diagnosis.ledger import Ledger, Range
+from colfolio.diagnosis.ledgers.ledger import Ledger, Range
 from colfolio.diagnosis.run_evidence import evidence_of_log, read_evidence, settled_of
 from colfolio.diagnosis.training_log import read_log
 from colfolio.errors import ColfolioError

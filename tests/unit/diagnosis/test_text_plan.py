@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from colfolio.attention import set_attention
 from colfolio.data.conversation_batches import collated
 from colfolio.data.conversations import load_conversations
+from colfolio.diagnosis.ledgers.text import make_text_ledger
 from colfolio.diagnosis.planning import (
     Machine,
     assumed_text,
@@ -22,7 +23,6 @@ from colfolio.diagnosis.planning import (
 from colfolio.diagnosis.planning.arithmetic import work_of
 from colfolio.diagnosis.planning.graph_memory import Rows, graph_memory
 from colfolio.diagnosis.planning.numerics import Numerics
-from colfolio.diagnosis.text_ledger import make_text_ledger
 from colfolio.errors import DatasetError
 from colfolio.models.gradient_checkpointing import checkpoint_layers
 from colfolio.training import TrainSettings

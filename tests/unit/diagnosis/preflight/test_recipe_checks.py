@@ -15,7 +15,7 @@ from colfolio.data.picks import BatchSettings, Picker
 from colfolio.data.prompts import Prompter
 from colfolio.data.relations import Relations
 from colfolio.diagnosis.evidence import Settled
-from colfolio.diagnosis.ledger import make_ledger
+from colfolio.diagnosis.ledgers.ledger import make_ledger
 from colfolio.diagnosis.preflight import check_first, check_run, score_checks
 from colfolio.diagnosis.preflight import data_checks as data
 from colfolio.diagnosis.preflight import equality_checks as equality

@@ -13,7 +13,7 @@ import numpy as np
 
 from colfolio.data.dataset import RetrievalDataset
 from colfolio.data.sampler import SamplerPosition
-from colfolio.diagnosis.ledger_counts import BatchCounter, BatchCounts, QueryLengths
+from colfolio.diagnosis.ledgers.counts import BatchCounter, BatchCounts, QueryLengths
 from colfolio.errors import RecipeError
 from colfolio.training import TrainSettings
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from colfolio.diagnosis.ledger import Ledger, Range, counted
-from colfolio.diagnosis.ledger_counts import MASKED
-from colfolio.diagnosis.text_ledger import TextLedger, text_ledger_rows
+from colfolio.diagnosis.ledgers.counts import MASKED
+from colfolio.diagnosis.ledgers.ledger import Ledger, Range, counted
+from colfolio.diagnosis.ledgers.text import TextLedger, text_ledger_rows
 from colfolio.diagnosis.training_log import LoggedStep
 
 _COLUMNS = 80

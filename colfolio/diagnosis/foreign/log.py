@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from colfolio.diagnosis.evidence import Evidence, Fault, Settled
-from colfolio.diagnosis.foreign_files import ForeignRows, read_foreign_rows
-from colfolio.diagnosis.foreign_level import LEAST_ROWS, Standing, standing
-from colfolio.diagnosis.foreign_rows import ForeignRow
+from colfolio.diagnosis.foreign.files import ForeignRows, read_foreign_rows
+from colfolio.diagnosis.foreign.level import LEAST_ROWS, Standing, standing
+from colfolio.diagnosis.foreign.rows import ForeignRow
 from colfolio.diagnosis.training_log import LoggedEvaluation, LoggedStep
 from colfolio.errors import ColfolioError
 

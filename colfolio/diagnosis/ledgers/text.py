@@ -10,7 +10,7 @@ import numpy as np
 
 from colfolio.data.chat import ChatCollator
 from colfolio.data.conversations import ConversationDataset
-from colfolio.diagnosis.ledger import Range, counted
+from colfolio.diagnosis.ledgers.ledger import Range, counted
 from colfolio.training import TrainSettings
 
 

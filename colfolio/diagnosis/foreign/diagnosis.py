@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from colfolio.diagnosis.causes import HEALTHY, UNKNOWN, Diagnosis, Finding, diagnose
 from colfolio.diagnosis.causes.reading import Reading
-from colfolio.diagnosis.foreign_level import LEAST_ROWS, has_fallen
-from colfolio.diagnosis.foreign_log import ForeignLog
+from colfolio.diagnosis.foreign.level import LEAST_ROWS, has_fallen
+from colfolio.diagnosis.foreign.log import ForeignLog
 
 _AT_CHANCE = frozenset({"collapsed", "pairwise_loss", "not_started"})
 _BESIDE_CHANCE = frozenset({"few_candidates", "forgetting", "over_fitting", UNKNOWN})

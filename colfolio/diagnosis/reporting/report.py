@@ -20,14 +20,14 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from colfolio.diagnosis.causes import HEALTHY, Diagnosis, diagnose
-from colfolio.diagnosis.charts import run_course, training_charts
-from colfolio.diagnosis.drawing import short, stretch_size
-from colfolio.diagnosis.heat_examples import HeatExample
-from colfolio.diagnosis.ledger_lines import compared_line, ledger_rows
-from colfolio.diagnosis.part_charts import part_charts, part_rows, zero_gradients
-from colfolio.diagnosis.probe_charts import probe_charts, probe_rows, score_histograms
+from colfolio.diagnosis.ledgers.lines import compared_line, ledger_rows
+from colfolio.diagnosis.ledgers.text import text_ledger_rows
+from colfolio.diagnosis.reporting.charts import run_course, training_charts
+from colfolio.diagnosis.reporting.drawing import short, stretch_size
+from colfolio.diagnosis.reporting.heat_examples import HeatExample
+from colfolio.diagnosis.reporting.part_charts import part_charts, part_rows, zero_gradients
+from colfolio.diagnosis.reporting.probe_charts import probe_charts, probe_rows, score_histograms
 from colfolio.diagnosis.run_evidence import evidence_of_log
-from colfolio.diagnosis.text_ledger import text_ledger_rows
 from colfolio.diagnosis.training_log import TrainingLog
 
 MAX_REPORT_BYTES = 3_000_000
@@ -234,7 +234,7 @@ def _ledger_of(log: TrainingLog) -> list[tuple[str, str]]:
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("colfolio.diagnosis", package_path=""),
+        loader=jinja2.PackageLoader("colfolio.diagnosis.reporting", package_path=""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -8,7 +8,8 @@ from string import ascii_uppercase
 
 import numpy as np
 
-from colfolio.diagnosis.drawing import (
+from colfolio.diagnosis.plateau import named_plateaus
+from colfolio.diagnosis.reporting.drawing import (
     ACCENT,
     RAW_POINTS,
     SMOOTH_POINTS,
@@ -18,7 +19,6 @@ from colfolio.diagnosis.drawing import (
     binned,
     drawing,
 )
-from colfolio.diagnosis.plateau import named_plateaus
 from colfolio.diagnosis.training_log import LoggedEvaluation, LoggedStep, TrainingLog
 
 _LEVELS = ("chance", "floor")

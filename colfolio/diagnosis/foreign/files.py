@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colfolio.diagnosis.foreign_rows import ForeignRow, in_order, without_gaps
+from colfolio.diagnosis.foreign.rows import ForeignRow, in_order, without_gaps
 from colfolio.errors import ColfolioError
 
 STATE_FILE = "trainer_state.json"

@@ -9,7 +9,8 @@ from math import isfinite
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from colfolio.diagnosis.drawing import (
+from colfolio.diagnosis.evidence import ProbeSignals
+from colfolio.diagnosis.reporting.drawing import (
     ACCENT,
     MUTED,
     SMOOTH_POINTS,
@@ -19,7 +20,6 @@ from colfolio.diagnosis.drawing import (
     drawing,
     short,
 )
-from colfolio.diagnosis.evidence import ProbeSignals
 
 _SHOWN = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of the probes: a model learns most at first
 _SHARES = frozenset({"accuracy", "same_winner"})

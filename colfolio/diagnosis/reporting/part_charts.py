@@ -8,7 +8,7 @@ from itertools import cycle
 
 import numpy as np
 
-from colfolio.diagnosis.drawing import (
+from colfolio.diagnosis.reporting.drawing import (
     ACCENT,
     PART_COLOURS,
     SMOOTH_POINTS,

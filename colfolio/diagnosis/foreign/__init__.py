@@ -1,0 +1,1 @@
+"""Logs that other trainers wrote, read and diagnosed."""

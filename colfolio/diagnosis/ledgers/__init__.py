@@ -1,0 +1,1 @@
+"""What a batch really is, counted before a run."""
