@@ -16,6 +16,7 @@ from colfolio.diagnosis.preflight import equality_checks as equality
 from colfolio.diagnosis.preflight import input_checks as inputs
 from colfolio.diagnosis.preflight import learning_checks as learning
 from colfolio.diagnosis.preflight import score_checks as scores
+from colfolio.diagnosis.preflight import start_checks as start
 from colfolio.diagnosis.preflight import vector_checks as vectors
 from colfolio.diagnosis.preflight.check import Asked, Check, run_checks, timed
 from colfolio.diagnosis.preflight.trial import Trial, make_trial
@@ -68,8 +69,8 @@ def check_run(
         data.SPLITS: partial(data.splits_apart, facts, settled),
         data.ORDER: partial(data.drawn_anew, facts, settled),
         scores.SCORES: partial(scores.first_scores, trial, picker, settled),
-        learning.START: partial(learning.start_of_loss, trial, counted),
-        learning.FLOOR: partial(learning.floor_of_loss, counted),
+        start.START: partial(start.start_of_loss, trial, counted),
+        start.FLOOR: partial(start.floor_of_loss, counted),
         learning.FROZEN: partial(learning.frozen_weights, trial),
         learning.ONE_BATCH: partial(learning.one_batch_by_heart, trial),
         vectors.ALONE: partial(equality.rows_alone, trial),

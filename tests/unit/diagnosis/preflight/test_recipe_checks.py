@@ -21,6 +21,7 @@ from colfolio.diagnosis.preflight import data_checks as data
 from colfolio.diagnosis.preflight import equality_checks as equality
 from colfolio.diagnosis.preflight import input_checks as inputs
 from colfolio.diagnosis.preflight import learning_checks as learning
+from colfolio.diagnosis.preflight import start_checks as start
 from colfolio.diagnosis.preflight import vector_checks as vectors
 from colfolio.diagnosis.preflight.check import Check, run_checks
 from colfolio.diagnosis.preflight.steps import Descent
@@ -106,7 +107,7 @@ def count_of(shapes_folder):
 @pytest.fixture
 def start_of(trial_of, count_of):
     """The check of a run's first loss."""
-    return lambda state: learning.start_of_loss(trial_of(state), count_of(state))
+    return lambda state: start.start_of_loss(trial_of(state), count_of(state))
 
 
 def everything_of(state):
@@ -328,7 +329,7 @@ def test_with_the_bias_that_is_named_the_loss_of_the_sigmoid_is_least(begin, sta
     [(1.0, ""), (40.0, "temperature_floor"), (1e3, "temperature_too_high")],
 )
 def test_a_temperature_that_leaves_no_room_is_found(temperature, cause, begin, count_of):
-    check = learning.floor_of_loss(count_of(begin(loss={"temperature": temperature})))
+    check = start.floor_of_loss(count_of(begin(loss={"temperature": temperature})))
     assert (check.passed, check.cause) == (not cause, cause), check
 
 
