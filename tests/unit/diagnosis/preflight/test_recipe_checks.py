@@ -299,7 +299,7 @@ def test_trained_weights_that_rank_well_pass_whatever_their_loss(trained, start_
         scores[::2] = 0.9 * scores[::2].roll(1, dims=1) + 0.8 * scores[::2]
         return scores
 
-    monkeypatch.setattr(learning, "scores_of", half_right)
+    monkeypatch.setattr(start, "scores_of", half_right)
     check = start_of(trained(loss={"temperature": 0.02}))
     loss, chance = numbers_of(check)
     assert loss > chance
