@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.text import Text
 
-from colfolio.commands.console import console
+from colfolio.commands.console import console, print_wrapped
 from colfolio.commands.policy import check_policy
 from colfolio.commands.run_folder import TrainRecipe
 from colfolio.commands.run_ledger import ledger_of
@@ -31,6 +31,8 @@ from colfolio.errors import ColfolioError, RecipeError
 from colfolio.models.retriever import Retriever
 from colfolio.training import TrainingState, start_training
 from colfolio.training.opening import open_due_stages
+
+_VERDICT, _MEASURED, _OF_RUN = 8, 10, 12  # columns, before what is told
 
 
 def check_command(
@@ -80,7 +82,7 @@ def say_checks(checks: Iterable[Check]) -> bool:
     """Print a line for each check as it is done, and one on all; whether all passed."""
     done: list[Check] = []
     for check in checks:
-        console().print(_line(check))
+        _say(check)
         done.append(check)
     failed = sum(not check.passed for check in done)
     seconds = sum(check.seconds for check in done)
@@ -117,8 +119,8 @@ def first_checks(
         # no room for a chunk: the first step says what to do, and leaves a run that can go on
         if state.world.size > 1:
             raise
-        told = f"unchecked   after {len(checks)} checks, the others could not be made: {error}"
-        console().print(Text(told, style="yellow"))
+        told = f"after {len(checks)} checks, the others could not be made: {error}"
+        _say_of_run("unchecked", told, "yellow")
     told = "; ".join(f"{check.name}: {check.told}" for check in failures(checks))
     with state.world.together():
         if told and not unchecked:
@@ -135,10 +137,10 @@ def say_first(checks: Sequence[Check]) -> None:
         return
     names = ", ".join(check.name for check in checks if check.passed)
     seconds = sum(check.seconds for check in checks)
-    console().print(f"checked     {names}, in {seconds:.1f} s", markup=False)
+    _say_of_run("checked", f"{names}, in {seconds:.1f} s")
     for check in failures(checks):
-        told = f"unchecked   goes on although this failed: {check.name}: {check.told}"
-        console().print(Text(told, style="yellow"))
+        told = f"goes on although this failed: {check.name}: {check.told}"
+        _say_of_run("unchecked", told, "yellow")
 
 
 def _checks(recipe: TrainRecipe, device: str | None, features: Path) -> Iterable[Check]:
@@ -156,7 +158,8 @@ def _checks(recipe: TrainRecipe, device: str | None, features: Path) -> Iterable
 def _say_measured(recipe: TrainRecipe, device: str | None) -> None:
     model = Retriever.from_pretrained(recipe.model, device=device)
     for each in measure_run(model, recipe.train, _retrieval(load_splits(recipe).train)):
-        console().print(f"measured  {each.name}: {each.told}", markup=False)
+        told = f"{each.name}: {each.told}"
+        print_wrapped(console(), told, indent=_MEASURED, label="measured")
 
 
 def _ledger(state: TrainingState, splits: Splits) -> Ledger:
@@ -170,7 +173,14 @@ def _retrieval(dataset: RetrievalDataset | ConversationDataset) -> RetrievalData
     return dataset
 
 
-def _line(check: Check) -> Text:
-    verdict = Text("passed  " if check.passed else "failed  ", "green" if check.passed else "red")
+def _say(check: Check) -> None:
+    """Print the line of a check, its verdict before it."""
+    verdict, style = ("passed", "") if check.passed else ("failed", "red")
     cause = f" [{check.cause}]" if check.cause and not check.passed else ""
-    return verdict.append(f"{check.name}: {check.told}{cause}", style="default")
+    told = f"{check.name}: {check.told}{cause}"
+    print_wrapped(console(), told, indent=_VERDICT, label=verdict, style=style)
+
+
+def _say_of_run(label: str, told: str, style: str = "") -> None:
+    """Print a line of a run that begins, below the others' second column."""
+    print_wrapped(console(), told, indent=_OF_RUN, label=label, style=style)

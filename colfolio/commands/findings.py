@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 
 from colfolio.commands.console import console, print_wrapped, program
-from colfolio.commands.run_folder import RECIPE_FILE, RunFolder
-from colfolio.diagnosis.causes import HEALTHY, UNKNOWN, Diagnosis, Finding, RuledOut, diagnose
+from colfolio.commands.run_folder import RECIPE_FILE, RunFolder, TrainRecipe
+from colfolio.config import load_settings
+from colfolio.diagnosis.causes import HEALTHY, UNKNOWN, Diagnosis, Finding, diagnose
 from colfolio.diagnosis.run_evidence import read_evidence
+from colfolio.errors import RecipeError
+from colfolio.training.start import check_settings
 
 _INDENT = 2
 
@@ -28,11 +31,9 @@ def print_diagnosis(out: Console, diagnosis: Diagnosis, run: Path | None) -> Non
         colour = "" if number else " green" if is_healthy else " yellow"
         _print_finding(out, finding, f"bold{colour}", run)
     out.print()
-    if is_healthy and diagnosis.ruled_out:
+    if diagnosis.ruled_out:
         names = ", ".join(each.cause for each in diagnosis.ruled_out)
         print_wrapped(out, f"ruled out: {names} (--json has the numbers)", style="dim")
-    elif diagnosis.ruled_out:
-        _print_ruled_out(out, diagnosis.ruled_out)
     if diagnosis.unasked:
         names = ", ".join(diagnosis.unasked)
         print_wrapped(out, f"not known from this log: {names}", style="dim")
@@ -47,11 +48,12 @@ def say_outcome(run: RunFolder) -> None:
     console().print(f"report {run.report}; {command}", markup=False)
 
 
-def command_again(run: Path, change: Mapping[str, str]) -> str:
+def command_again(run: Path, change: Mapping[str, str], ranks: int = 1) -> str:
     """The command that trains a run's recipe again, changed, into a folder that is free."""
     settings = [f"{key}={value}" for key, value in change.items()]
     recipe = str(run / RECIPE_FILE)
-    words = [program(), "train", recipe, *settings, f"out={_free(run)}"]
+    shared = ["--ranks", str(ranks)] if ranks > 1 else []
+    words = [program(), "train", recipe, *settings, f"out={_free(run)}", *shared]
     return " ".join(map(shlex.quote, words))
 
 
@@ -60,13 +62,35 @@ def _print_finding(out: Console, finding: Finding, style: str, run: Path | None)
     print_wrapped(out, _headline(finding), style=style)
     if finding.evidence:
         print_wrapped(out, " ".join(finding.evidence), indent=_INDENT)
-    can_begin_again = run is not None and (run / RECIPE_FILE).is_file()
+    has_recipe = run is not None and (run / RECIPE_FILE).is_file()
+    refusal = _refusal(run / RECIPE_FILE, finding.change) if run is not None and has_recipe else ""
+    can_begin_again = has_recipe and not refusal
     settings = ", ".join(f"{key}={value}" for key, value in finding.change.items())
     beside = f" ({settings})" if settings and not can_begin_again else ""
     print_wrapped(out, f"{finding.action}{beside}.", indent=_INDENT)
+    if refusal:
+        print_wrapped(out, f"The recipe does not take that as it is: {refusal}.", indent=_INDENT)
     if settings and run is not None and can_begin_again:
-        command = command_again(run, finding.change)
+        command = command_again(run, finding.change, read_evidence(run).settled.ranks)
         out.print(f"{' ' * 2 * _INDENT}{command}", markup=False, style="cyan")
+
+
+def _refusal(recipe: Path, change: Mapping[str, str]) -> str:
+    """Why a recipe takes no such change, for what else it says; empty if it does.
+
+    A recipe that is wrong without the change says nothing of it.
+    """
+    settings = [f"{key}={value}" for key, value in change.items()]
+    refused = []
+    for overrides in ([], settings):
+        try:
+            check_settings(load_settings(recipe, TrainRecipe, overrides).train)
+        except RecipeError as error:
+            refused.append(str(error))
+        else:
+            refused.append("")
+    as_it_is, changed = refused
+    return "" if as_it_is else changed
 
 
 def _headline(finding: Finding) -> str:
@@ -75,14 +99,6 @@ def _headline(finding: Finding) -> str:
     if finding.cause in (HEALTHY, UNKNOWN):
         return f"{title} ({finding.cause})"
     return f"{title} ({finding.cause}, {finding.sureness})"
-
-
-def _print_ruled_out(out: Console, ruled_out: Sequence[RuledOut]) -> None:
-    out.print("ruled out")
-    width = max(len(each.cause) for each in ruled_out)
-    for each in ruled_out:
-        label = f"{' ' * _INDENT}{each.cause:<{width}}"
-        print_wrapped(out, each.why, indent=width + 2 * _INDENT, label=label)
 
 
 def _free(run: Path) -> Path:

@@ -11,7 +11,7 @@ from types import FrameType
 
 import torch
 
-from colfolio.commands.console import console
+from colfolio.commands.console import console, program
 from colfolio.commands.findings import say_outcome
 from colfolio.commands.run_evidence import RunEvidence
 from colfolio.commands.run_folder import RunFolder, TrainRecipe, dataset_name, told_recipe
@@ -110,7 +110,7 @@ def _no_memory(recipe: TrainRecipe, run: RunFolder, error: torch.OutOfMemoryErro
         f"the device's memory is full, with chunk_tokens {memory.chunk_tokens} and activation_mb "
         f"{memory.activation_mb} ({str(error).splitlines()[0]}); set train.memory.chunk_tokens "
         "lower, which changes no gradient; colfolio plan says what fits. Go on with: "
-        f"colfolio train --resume {run.path} train.memory.chunk_tokens=…"
+        f"{program()} train --resume {run.path} train.memory.chunk_tokens=…"
     )
 
 
@@ -138,7 +138,7 @@ def _say_fault(cache: FeatureCache | None) -> bool:
 def _say_stopped(state: TrainingState, report: AnyReport, run: RunFolder) -> None:
     if state.world.is_main:
         _say(f"\nstopped after step {report.step}, saved in {run.checkpoints}")
-        _say(f"go on with: colfolio train --resume {run.path}")
+        _say(f"go on with: {program()} train --resume {run.path}")
 
 
 def _say(text: str) -> None:

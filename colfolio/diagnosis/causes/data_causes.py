@@ -208,12 +208,24 @@ def over_fitting(reading: Reading) -> Finding | RuledOut | None:
                 f"{reading.recent.way:.0%} of its way.",
             ),
             "likely",
-            f"Begin again with fewer steps, or take a checkpoint from near step {best_step} if one "
-            "was kept (checkpoint.every, checkpoint.keep); more data or fewer open parts go "
-            "further",
-            {"train.steps": str(best_step)},
+            *_mend_of_over_fitting(reading, best_step),
         )
     return RuledOut("over_fitting", f"validation loss is {rise:.0%} of chance above its best")
+
+
+def _mend_of_over_fitting(reading: Reading, best_step: int) -> tuple[str, dict[str, str]]:
+    kept = (
+        f"take a checkpoint from near step {best_step} if one was kept (checkpoint.every, "
+        "checkpoint.keep); more data or fewer open parts go further"
+    )
+    opened = max((step.step for step in reading.steps if step.opened), default=0)
+    if best_step <= opened:  # a recipe of fewer steps than its stages wait is refused
+        return (
+            f"Begin again without the stage of thaw that opened with step {opened}, or at a lower "
+            f"rate of it, or {kept}",
+            {},
+        )
+    return f"Begin again with fewer steps, or {kept}", {"train.steps": str(best_step)}
 
 
 def _has_left_behind(reading: Reading) -> bool:

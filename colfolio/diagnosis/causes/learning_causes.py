@@ -124,7 +124,7 @@ def not_started(reading: Reading) -> Finding | RuledOut | None:
     if not is_standing or reading.ranks(RANKED) or reading.was_good:
         return RuledOut("not_started", f"the loss has gone {level.way:.0%} of the way")
     if reading.has_collapsed:
-        return RuledOut("not_started", "it had begun, and scores have gone since")
+        return RuledOut("not_started", "scores have lost their spread, which waiting does not mend")
     evidence = [
         f"After {steps} {'step' if steps == 1 else 'steps'} the loss is {level.loss:.3f}, chance "
         f"is {level.chance:.3f}."

@@ -11,6 +11,7 @@ MOST_ROWS = 128
 _LEAST_RISE = 3.0  # of a rate that is too low
 _MOST_RATE = 1e-3  # that a rate is raised to: what it did when it was next to 0 is rounded
 _RATE = "train.optimiser.lr"
+_LEAST_TEMPERATURE = 1e-3
 
 
 def lower_rate(reading: Reading, share: float) -> dict[str, str]:
@@ -39,6 +40,15 @@ def higher_rate(reading: Reading, update: float) -> dict[str, str]:
     factor = USUAL_UPDATE / update if update > 0 else math.inf
     raised = max(_LEAST_RISE * rate, min(rate * factor, _MOST_RATE))
     return {_RATE: _in_words(raised)}
+
+
+def lower_temperature(reading: Reading) -> dict[str, str]:
+    """The temperature at which the base's scores spread by about 1; nothing if none is known."""
+    probe, temperature = reading.first_probe, reading.settled.temperature
+    if probe is None:
+        return {}
+    lower = max(_LEAST_TEMPERATURE, min(probe.spread, temperature / 2))
+    return {"train.loss.temperature": f"{lower:.2g}"}
 
 
 def more_rows(reading: Reading) -> dict[str, str]:

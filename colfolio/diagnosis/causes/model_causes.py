@@ -23,6 +23,7 @@ _POSITIONS = {
     "unexplained": "positions are wrong in a way of which no cause is known",
 }
 _NAMED = 3
+_NO_STAGES = {"train.thaw": "[]"}  # a stage with nothing left to open is refused
 
 
 def fresh_tensors(reading: Reading) -> Finding | RuledOut | None:
@@ -73,7 +74,12 @@ def adapter(reading: Reading) -> Finding | RuledOut | None:
             "Look at the names of the tensors in the adapter file: those that match no module of "
             "the base are passed over by some loaders; colfolio check --model names them",
         )
-    return RuledOut("adapter_not_loaded", "the adapters change the vectors and name this base")
+    measured = {
+        "change the vectors": model.adapter_effect is not None,
+        "name this base": model.adapter_is_of_base is True,
+    }
+    told = " and ".join(what for what, is_known in measured.items() if is_known)
+    return RuledOut("adapter_not_loaded", f"the adapters {told}")
 
 
 def positions(reading: Reading) -> Finding | RuledOut | None:
@@ -182,7 +188,13 @@ def frozen_parts(reading: Reading) -> Finding | RuledOut | None:
 
 def _mend_of_frozen(held: Mapping[str, int], *, has_adapters: bool) -> tuple[str, dict[str, str]]:
     if not has_adapters:
-        return "Open them from the start, or by a stage of thaw", {"train.frozen": "[]"}
+        return (
+            "Open them from the start, which leaves nothing to a stage of thaw",
+            {"train.frozen": "[]"} | _NO_STAGES,
+        )
     if list(held) == ["projection"]:
-        return "Train it wholly beside the adapters", {"train.lora.projection": "full"}
+        return (
+            "Train it wholly beside the adapters from the start",
+            {"train.lora.projection": "full"} | _NO_STAGES,
+        )
     return "Train without train.lora: adapters are for a base that was trained before", {}

@@ -62,12 +62,13 @@ def rate_too_low(reading: Reading) -> Finding | RuledOut | None:
         is_still = update < LEAST_UPDATE and not reading.has_gone_silent
     else:
         is_still = update < SMALL_UPDATE and moved < LEAST_DISTANCE
-    if not is_still or reading.has_gained or reading.was_good:
+    never_warm = _is_never_warm(reading)
+    if not never_warm and (not is_still or reading.has_gained or reading.was_good):
         return RuledOut("rate_too_low", f"a step changes {part} by {update:.1e} of its weights")
     evidence = [f"A step changes the weights of {part}, the most of all, by {update:.1e} of them."]
     if moved is not None:
         evidence.append(f"Vectors have turned by {moved:.1e} (1 - cosine) since the beginning.")
-    if _is_warming(reading):
+    if never_warm or _is_warming(reading):
         evidence.append(
             f"The rate rises for {settled.warmup_steps} steps and came to {rate:.1e} of "
             f"{settled.lr:.1e}."
@@ -76,7 +77,7 @@ def rate_too_low(reading: Reading) -> Finding | RuledOut | None:
             "warmup_too_long",
             "the run is in warm-up nearly all the time, and its rate stays low",
             tuple(evidence),
-            "certain",
+            "certain" if is_still else "likely",
             "Warm up for a tenth of the steps at most",
             {"train.optimiser.warmup_steps": str(max(1, (settled.steps or 0) // 20))},
         )
@@ -111,6 +112,23 @@ def _is_warming(reading: Reading) -> bool:
     return settled.warmup_steps > SHORT_WARMUP * settled.steps and rate < 0.9 * settled.lr
 
 
+def _is_never_warm(reading: Reading) -> bool:
+    """Whether the rate rises to the last step, and the model has learnt little or nothing by it.
+
+    A loss that falls a little at a thousandth of its rate is no sign that the run goes well.
+    """
+    settled, level = reading.settled, reading.recent
+    if not settled.warmup_steps or not settled.steps or level is None or not _is_warming(reading):
+        return False
+    if settled.warmup_steps < settled.steps or reading.was_good or reading.has_collapsed:
+        return False
+    if level.way > LEARNT or reading.ranks(RANKED):
+        return False
+    has_ended = reading.steps[-1].step >= settled.steps
+    stays_low = settled.steps < _TENTH * settled.warmup_steps  # below a tenth of the rate
+    return stays_low or (has_ended and reading.is_poor)
+
+
 def forgetting(reading: Reading) -> Finding | RuledOut | None:
     """A model that has become worse than it was before the first step."""
     found = _lost(reading)
@@ -118,7 +136,7 @@ def forgetting(reading: Reading) -> Finding | RuledOut | None:
         return found
     return Finding(
         "forgetting",
-        "the model is worse than the base that it began from",
+        _what_is_lost(reading),
         (found,),
         "certain" if reading.last_probe is not None else "likely",
         "Begin again from the base at a lower rate. Adapters (train.lora) or frozen parts hold "
@@ -126,6 +144,13 @@ def forgetting(reading: Reading) -> Finding | RuledOut | None:
         "documents",
         lower_rate(reading, _THIRD),
     )
+
+
+def _what_is_lost(reading: Reading) -> str:
+    first, last = reading.first_probe, reading.last_probe
+    if first is not None and last is not None and last.loss < first.loss:
+        return "the model ranks worse than the base that it began from"
+    return "the model is worse than the base that it began from"
 
 
 def _lost(reading: Reading) -> str | RuledOut | None:
@@ -155,8 +180,10 @@ def _lost(reading: Reading) -> str | RuledOut | None:
             f"{last.accuracy:.0%} of the probe's queries rank their answer first, "
             f"{first.accuracy:.0%} did at the start",
         )
+    told = f"is {last.loss:.3f} and was {first.loss:.3f}"
+    if last.loss < first.loss:
+        told = f"fell nevertheless, from {first.loss:.3f} to {last.loss:.3f}"
     return (
         f"On the same {last.documents} documents {last.accuracy:.0%} of the queries rank their "
-        f"answer first, and {first.accuracy:.0%} did before the first step; the loss there is "
-        f"{last.loss:.3f} and was {first.loss:.3f}."
+        f"answer first, and {first.accuracy:.0%} did before the first step; the loss there {told}."
     )

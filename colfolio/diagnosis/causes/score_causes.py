@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from colfolio.diagnosis.causes.finding import Finding, RuledOut
-from colfolio.diagnosis.causes.mends import lower_rate, more_rows
+from colfolio.diagnosis.causes.mends import lower_rate, lower_temperature, more_rows
 from colfolio.diagnosis.causes.reading import Reading
 from colfolio.diagnosis.causes.thresholds import (
     FEW_CANDIDATES,
@@ -250,7 +250,7 @@ def flat_start(reading: Reading) -> Finding | RuledOut | None:
         ),
         "likely",
         "Lower the temperature" if is_warm else "Draw the weights wider, or lower the temperature",
-        {"train.loss.temperature": f"{max(probe.spread, 1e-3):.2g}"},
+        lower_temperature(reading),
     )
 
 
@@ -264,11 +264,10 @@ def high_floor(reading: Reading) -> Finding | RuledOut | None:
         accuracy is not None and accuracy >= MOSTLY_RANKED
     )
     is_untold = accuracy is None and share > UNTOLD_FLOOR
-    if share < HIGH_FLOOR or not (
-        is_ranking or level.way > LEARNT or is_untold or share >= NO_ROOM
-    ):
+    # of a base that could rank, ranks that are lost are no sign of room
+    is_able = is_ranking or reading.was_good or level.way > LEARNT
+    if share < HIGH_FLOOR or not (is_able or is_untold or share >= NO_ROOM):
         return RuledOut("temperature_floor", f"the loss can go down to {level.floor:.3f}")
-    temperature = reading.settled.temperature
     ranked = "" if accuracy is None else f" {accuracy:.0%} of the queries rank their answer first."
     has_room = share < NO_ROOM
     return Finding(
@@ -283,5 +282,5 @@ def high_floor(reading: Reading) -> Finding | RuledOut | None:
         "certain",
         "Judge the run by accuracy, margin and validation, not by the loss; a lower temperature "
         "lets it fall further",
-        {"train.loss.temperature": f"{temperature / 4:.2g}"},
+        lower_temperature(reading),
     )

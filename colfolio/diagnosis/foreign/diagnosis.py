@@ -45,6 +45,10 @@ _EQUAL_SCORES = (
     "lower rate or a longer warm-up; where they differ by little beside the temperature, lower it; "
     "where no step changes them, see what trains"
 )
+_NO_LOGITS = (
+    "More rows do not mend that: see what trains, and the bias, which at about -ln(documents - "
+    "1) lets equal scores begin at chance"
+)
 _BY_HEART = (
     "See whether the model learns one batch by heart. If it does, look at labels and batches; if "
     "not, at the rate and at what trains"
@@ -93,10 +97,10 @@ def _is_near_chance(log: ForeignLog) -> bool:
 def _with_standing(findings: Sequence[Finding], standing: Finding) -> list[Finding]:
     """Findings with what is said of a loss at chance, before those that it explains."""
     kept = [each for each in findings if each.cause != UNKNOWN]
+    if standing.cause == "pairwise_loss" or standing.action in (_PAIRWISE, _NO_LOGITS):
+        kept = [each for each in kept if each.cause != "few_candidates"]
     if standing.cause == "not_started":
         return [*kept, standing]
-    if standing.cause == "pairwise_loss" or standing.action == _PAIRWISE:
-        kept = [each for each in kept if each.cause != "few_candidates"]
     certain = [each for each in kept if each.sureness == "certain"]
     return [*certain, standing, *(each for each in kept if each.sureness != "certain")]
 
@@ -160,12 +164,18 @@ def _at_chance(log: ForeignLog) -> Finding:
     norms = [row.gradient_norm for row in log.rows if row.gradient_norm is not None]
     if norms:
         evidence.append(f"The norm of the gradient came to {norms[-1]:.2g}.")
-    if settled.loss == "sigmoid" and _is_of_no_logits(log):
+    is_of_no_logits = settled.loss == "sigmoid" and _is_of_no_logits(log)
+    if is_of_no_logits:
         evidence.append("It is ln 2 a pair, as of logits that are all 0.")
+    is_above = is_of_no_logits and _recent(losses) > (1 + _MOVED) * chance
     if of_step < _EQUAL * chance and len(losses) >= 2 * LEAST_ROWS:
         level, before = _recent(losses), losses[: -len(recent)]
         has_moved = any(abs(loss - level) > _MOVED * level for loss in before)
-        return _equal_scores(settled.loss, evidence, has_moved=has_moved)
+        equal = _equal_scores(settled.loss, evidence, has_moved=has_moved)
+        return replace(equal, action=_NO_LOGITS) if is_above else equal
+    if is_above:
+        title = "the loss stands above chance, as of logits about 0"
+        return Finding("not_started", title, tuple(evidence), "likely", _NO_LOGITS)
     return _not_started(settled.loss, evidence, is_early=last < _SLOW_START)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from colfolio.data.dataset import RetrievalDataset
 from colfolio.diagnosis.causes import data_causes
 from colfolio.diagnosis.causes.learning_causes import few_candidates
+from colfolio.diagnosis.causes.thresholds import FEW_CANDIDATES
 from colfolio.diagnosis.evidence import DataFacts, Evidence, Settled
 from colfolio.diagnosis.ledgers.ledger import Ledger
 from colfolio.diagnosis.preflight.check import Check
@@ -80,15 +81,31 @@ def answers(trial: Trial) -> Check:
     )
 
 
-def enough_candidates(count: Callable[[], Ledger], settled: Settled) -> Check:
+def enough_candidates(
+    count: Callable[[], Ledger],
+    facts: Callable[[], DataFacts],
+    settled: Settled,
+    *,
+    is_trained: bool,
+) -> Check:
     """A query has enough to be told from; if it has not, the setting that makes them few is named.
+
+    Few do where weights can retrieve already, or where the data has no more queries.
 
     Args:
         count: makes the ledger of the run.
+        is_trained: the weights were trained to retrieve.
     """
     ledger = count()
     few, masked = ledger.candidates.median, sum(ledger.left_out.values())
-    return ruled(ENOUGH, Evidence(settled, candidates=few, masked=masked), few_candidates)
+    if 1 < few < FEW_CANDIDATES and settled.loss != "distillation":
+        told = f"a query is compared with {few:.3g} documents, which are few"
+        if is_trained:
+            return Check(ENOUGH, True, f"{told}; weights that were trained before can bear that")
+        if not masked and settled.accumulation == 1 and ledger.rows >= facts().queries:
+            return Check(ENOUGH, True, f"{told}, and the data has {facts().queries} queries in all")
+    evidence = Evidence(settled, data=facts(), candidates=few, masked=masked)
+    return ruled(ENOUGH, evidence, few_candidates)
 
 
 def pages_show_something(facts: Callable[[], DataFacts], settled: Settled) -> Check:

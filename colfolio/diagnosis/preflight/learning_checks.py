@@ -9,15 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from colfolio.diagnosis.causes.mends import higher_rate, lower_rate
+from colfolio.diagnosis.causes.reading import Reading
 from colfolio.diagnosis.causes.thresholds import (
     GONE_SPREAD,
     LEAST_UPDATE,
     MOST_UPDATE,
+    USUAL_UPDATE,
 )
+from colfolio.diagnosis.evidence import Evidence
 from colfolio.diagnosis.preflight.check import Check
 from colfolio.diagnosis.preflight.steps import FACTORS, MOST_STEPS, WAY, Descent, Steps
 from colfolio.diagnosis.preflight.trial import Trial, as_found, settled
+from colfolio.diagnosis.run_evidence import settled_of
 from colfolio.diagnosis.signals.finite import find_fault
+from colfolio.diagnosis.training_log import LoggedPart, LoggedStep
 from colfolio.distributed import whole
 from colfolio.models.contract import hash_weights
 from colfolio.models.parts import inventory
@@ -32,6 +38,7 @@ GRADIENT, FROZEN, ONE_BATCH = (
 )
 _CLEAR = 0.1  # share of the way by which one rate is better than another
 _FIRST = 3  # steps whose change is measured
+_TENTH = 0.1  # which was tried too
 _LEAST_NORM = 1e-12
 
 
@@ -128,37 +135,60 @@ def _why_not_learnt(
     trial: Trial, own: Descent, faster: Descent, slower: Descent
 ) -> tuple[str, str]:
     """The cause, and what to do, by what each rate came to and what a step changes."""
-    rate, is_gone = trial.state.settings.optimiser.lr, own.spread_left < GONE_SPREAD
+    is_gone = own.spread_left < GONE_SPREAD
     if is_gone and trial.state.settings.loss.kind == "pairwise":
         return "collapsed", (
             f"scores are equal but for {own.spread_left:.0%} of their spread, which hurts this "
             "loss least; set train.loss.kind to info_nce"
         )
-    change = _change_of_a_step(trial)
-    told = f"a step changes weights by {change:.1e} of them, so that "
+    reading = _first_steps(trial)
+    part, change = max(reading.updates.items(), key=lambda item: item[1])
+    told = f"a step changes {part} by {change:.1e} of its weights, where {USUAL_UPDATE:g} is usual"
     if own.way < own.begin - _CLEAR or slower.way > own.way + _CLEAR or change > MOST_UPDATE:
-        return "rate_too_high", f"{told}train.optimiser.lr is to be about {rate / 10:.1e}"
+        return "rate_too_high", f"{told}; set {_setting(lower_rate(reading, _TENTH))}"
     if faster.way > own.way + _CLEAR or change < LEAST_UPDATE:
-        return "rate_too_low", f"{told}train.optimiser.lr is to be about {rate * 10:.1e}"
+        return "rate_too_low", f"{told}; set {_setting(higher_rate(reading, change))}"
     if is_gone:
         return "collapsed", "scores have become equal; mend what else failed"
     return "not_started", "mend what else failed, or train.optimiser.lr"
 
 
-def _change_of_a_step(trial: Trial) -> float:
-    """Norm of what the first steps add to the weights that train, of one, over that of these."""
+def _first_steps(trial: Trial) -> Reading:
+    """What a step adds to each part's weights, of them, as the log of a run would have it.
+
+    It is the change after the first steps, over their number.
+    """
+    settings = trial.state.settings
+    rate = settings.optimiser.lr
     with as_found(trial) as before:
         steps = Steps(trial)
         for seed in range(_FIRST):
             steps.gradient(seed)
             steps.update(1.0)
         named = dict(trial.retriever.named_parameters())
-        moved = [named[name].detach() - copy for name, copy in before.items()]
-        norms = [
-            math.hypot(*(float(whole(torch.linalg.vector_norm(each))) for each in tensors))
-            for tensors in (moved, before.values())
-        ]
-    return norms[0] / max(norms[1], _LEAST_NORM) / _FIRST
+        moved = {name: named[name].detach() - copy for name, copy in before.items()}
+        changed, weights = _part_norms(trial, moved), _part_norms(trial, before)
+    ratios = {
+        part: changed[part] / max(norm, _LEAST_NORM) / _FIRST for part, norm in weights.items()
+    }
+    parts = {part: LoggedPart(rate, math.nan, ratio) for part, ratio in ratios.items()}
+    step = LoggedStep(_FIRST, 0.0, None, None, rate, None, parts=parts)
+    return Reading(Evidence(settled_of(settings), steps=(step,)))
+
+
+def _part_norms(trial: Trial, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """The norm of tensors that bear the names of weights, of each part together."""
+    places = inventory(trial.retriever).places
+    norms: dict[str, list[float]] = {}
+    for name, tensor in tensors.items():
+        norms.setdefault(places[name].part, []).append(
+            float(whole(torch.linalg.vector_norm(tensor)))
+        )
+    return {part: math.hypot(*each) for part, each in norms.items()}
+
+
+def _setting(change: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in change.items())
 
 
 def _gradient_norms(trial: Trial, scaler: GradScaler) -> dict[str, float]:

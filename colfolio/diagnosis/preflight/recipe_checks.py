@@ -22,6 +22,7 @@ from colfolio.diagnosis.preflight.check import Asked, Check, run_checks, timed
 from colfolio.diagnosis.preflight.trial import Trial, make_trial
 from colfolio.diagnosis.run_evidence import settled_of
 from colfolio.diagnosis.signals import measure_data
+from colfolio.diagnosis.signals.model_facts import can_retrieve
 from colfolio.errors import RecipeError
 from colfolio.models.adapters import has_adapter
 from colfolio.training import TrainingState
@@ -62,7 +63,13 @@ def check_run(
         return measure_data(dataset, collator, batch, picker(), trial.rows, held_out)
 
     asked = _cheap(trial, counted, base) | {
-        data.ENOUGH: partial(data.enough_candidates, counted, settled),
+        data.ENOUGH: partial(
+            data.enough_candidates,
+            counted,
+            facts,
+            settled,
+            is_trained=can_retrieve(state.retriever),
+        ),
         data.ANSWERS: partial(data.answers, trial),
         data.BLANK: partial(data.pages_show_something, facts, settled),
         data.COPIED: partial(data.no_false_negatives, facts, settled),

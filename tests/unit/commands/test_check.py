@@ -1,6 +1,9 @@
 """`colfolio check` tells what would go wrong; `train` begins no run that fails its first checks."""
 
+from io import StringIO
+
 import pytest
+from rich.console import Console
 
 from colfolio.commands import check as check_module
 from colfolio.commands.export import export_command
@@ -35,6 +38,22 @@ def test_a_failed_check_exits_with_1_and_names_its_cause(write_recipe, colfolio)
     assert "loss at the start" in line
     assert line.endswith("[temperature_too_low]")
     assert "1 failed" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_lines_break_at_the_width_of_a_terminal_and_nowhere_else(is_terminal, monkeypatch):
+    out = Console(
+        width=40, force_terminal=is_terminal, no_color=True, file=StringIO(), soft_wrap=True
+    )
+    monkeypatch.setattr(check_module, "console", lambda: out)
+    checks = [Check("positions", False, "many words " * 9 + "end", "positions_flattened")]
+    check_module.say_checks(checks)
+    check_module.say_first([Check("a name of many words " * 4, True, "1")])
+    lines = out.file.getvalue().splitlines()
+    assert (max(map(len, lines)) <= 40) == is_terminal
+    assert len(lines) > 6 if is_terminal else len(lines) == 3
+    assert lines[0].startswith("failed  positions: many words")
+    assert lines[1].startswith(" " * 8 + "many") == is_terminal
 
 
 def test_a_recipe_that_passes_is_measured_if_asked(write_recipe, colfolio, refused, tmp_path):

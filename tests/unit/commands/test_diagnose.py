@@ -63,7 +63,7 @@ def test_a_cause_exits_with_1_and_is_told_with_its_evidence_and_mend(colfolio, t
     assert "0.6931" in evidence
     assert "InfoNCE" in mend
     assert "train." not in out  # another trainer has no such settings
-    assert "\nruled out\n  not_finite  " in out
+    assert "\nruled out: not_finite" in out
 
 
 def test_machines_get_the_same_as_json(colfolio, table):

@@ -118,6 +118,18 @@ def test_a_sigmoid_loss_at_ln_2_a_pair_is_of_logits_that_are_0(table):
     assert "logits that are all 0" in finding.paragraph()
 
 
+@pytest.mark.parametrize("size", [0.002, 0.004, 0.02, 0.04])
+def test_a_sigmoid_loss_above_chance_at_ln_2_a_pair_is_not_told_to_take_more_rows(table, size):
+    for pairs in (1, 4):
+        path = table([pairs * (LN2 + noise(n, size)) for n in range(60)])
+        found = diagnose_log(read_foreign_log(path, "sigmoid", 4)).findings
+        assert found[0].cause in ("collapsed", "not_started")
+        assert "few_candidates" not in [finding.cause for finding in found]
+        assert "ln 2 a pair" in found[0].paragraph()
+    low = table([1.02 * 0.5623 + noise(n, size) for n in range(60)])
+    assert "few_candidates" in causes_of(read_foreign_log(low, "sigmoid", 4))
+
+
 def test_info_nce_that_stands_at_ln_n_has_collapsed(table):
     path = table([math.log(32) + noise(n, 1e-3) for n in range(300)])
     assert first_of(read_foreign_log(path, "info_nce", 32, 0.02)).cause == "collapsed"

@@ -3,6 +3,8 @@
 import math
 from dataclasses import replace
 
+import pytest
+import yaml
 from known_runs import (
     CASES,
     CHANCE,
@@ -15,13 +17,18 @@ from known_runs import (
     STUCK,
     TRAINED,
     at_chance,
+    falling,
     steps,
 )
 
+from colfolio.commands.run_folder import TrainRecipe
+from colfolio.config import load_settings
 from colfolio.diagnosis.causes import HEALTHY, UNKNOWN, diagnose
 from colfolio.diagnosis.evidence import Evidence, Settled
 from colfolio.diagnosis.training_log import LoggedStep
+from colfolio.training.start import check_settings
 
+THAW = [{"step": 75, "open": ["vision"], "lr": 1e-3}]
 STAYED = (replace(PROBE, loss=2.9, accuracy=0.4), replace(PROBE, step=300, loss=2.9, accuracy=0.4))
 
 
@@ -80,6 +87,69 @@ def test_numbers_that_broke_after_steps_too_large_ask_for_a_lower_rate():
     assert diagnose(torn).first.change == {"train.optimiser.lr": "4.0e-04"}
     calm = replace(CASES["not_finite"], settled=replace(SETTLED, precision="fp16"))
     assert diagnose(calm).first.change == {"train.precision": "fp32"}
+
+
+@pytest.mark.parametrize("thaw", [[], THAW])
+@pytest.mark.parametrize("cause", CASES)
+def test_no_change_is_refused_by_a_recipe_with_stages_or_without(tmp_path, cause, thaw):
+    train = {"steps": 300, "thaw": thaw, "frozen": ["vision"], "batch": {"rows": 8}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model": "M", "dataset": "D", "out": "O", "train": train}))
+    overrides = [f"{key}={value}" for key, value in diagnose(CASES[cause]).first.change.items()]
+    train_settings = load_settings(recipe, TrainRecipe, overrides).train
+    check_settings(train_settings)
+    assert train_settings.frozen or not train_settings.thaw
+
+
+def test_steps_are_not_cut_before_the_last_stage_opens():
+    asked = CASES["over_fitting"]  # which was best at step 200
+    assert diagnose(asked).first.change == {"train.steps": "200"}
+    for opened, change in ((100, {"train.steps": "200"}), (250, {})):
+        logged = tuple(
+            replace(step, opened=("vision",) if step.step == opened else ()) for step in asked.steps
+        )
+        first = diagnose(replace(asked, steps=logged)).first
+        assert (first.cause, first.change) == ("over_fitting", change)
+        assert ("opened with step 250" in first.action) == (not change)
+
+
+@pytest.mark.parametrize(("warmup", "cause"), [(100_000, "warmup_too_long"), (20, HEALTHY)])
+def test_a_loss_that_falls_a_little_in_a_warm_up_without_end_is_not_healthy(warmup, cause):
+    logged = steps([0.97 * CHANCE - 0.0015 * n for n in range(300)], accuracy=0.05, lr=3e-6)
+    probes = (PROBE, replace(PROBE, step=300, loss=3.3, document_distance=0.02))
+    settled = replace(SETTLED, warmup_steps=warmup)
+    found = diagnose(replace(LEARNT, settled=settled, steps=logged, probes=probes))
+    assert found.first.cause == cause
+    learnt = diagnose(replace(LEARNT, settled=settled, steps=steps(falling(), lr=3e-6)))
+    assert learnt.first.cause == HEALTHY
+
+
+def test_a_temperature_that_leaves_no_room_stands_before_the_ranks_that_it_cost():
+    base, now = replace(TRAINED, step=0, loss=3.2, spread=2.1), replace(TRAINED, loss=3.1)
+    probes = (base, replace(now, accuracy=0.5))
+    settled = replace(SETTLED, temperature=25.0)
+    logged = steps([0.9 * CHANCE] * 300, floor=0.81 * CHANCE, accuracy=0.41)
+    floor, lost = diagnose(
+        replace(LEARNT, settled=settled, steps=logged, probes=probes, candidates=float(ROWS))
+    ).findings
+    assert (floor.cause, lost.cause) == ("temperature_floor", "forgetting")
+    assert floor.change == {"train.loss.temperature": "2.1"}
+    assert lost.change == {}
+    assert "fell nevertheless, from 3.200 to 3.100" in lost.paragraph()
+    assert "ranks worse" in lost.title
+
+
+@pytest.mark.parametrize(("is_of_base", "told"), [(None, False), (True, True)])
+def test_of_adapters_only_what_was_measured_is_told(is_of_base, told):
+    facts = replace(MODEL, adapter_effect=0.5, adapter_is_of_base=is_of_base)
+    ruled_out = {each.cause: each.why for each in diagnose(replace(LEARNT, model=facts)).ruled_out}
+    assert "change the vectors" in ruled_out["adapter_not_loaded"]
+    assert ("name this base" in ruled_out["adapter_not_loaded"]) == told
+
+
+def test_of_a_model_that_never_began_it_is_not_said_that_it_had():
+    ruled_out = {each.cause: each.why for each in diagnose(CASES["collapsed"]).ruled_out}
+    assert ruled_out["not_started"].startswith("scores have lost their spread")
 
 
 def test_no_setting_is_given_two_values():
@@ -177,7 +247,7 @@ def test_nothing_is_ruled_out_by_steps_that_were_not_made():
 def test_adapters_beside_random_weights_are_not_told_to_open_what_is_open():
     held = replace(MODEL, trains={"adapters": 20}, frozen={"projection": 20, "layers": 200})
     projection = diagnose(replace(STUCK, model=replace(held, drawn=("projection",)))).first
-    assert projection.change == {"train.lora.projection": "full"}
+    assert projection.change == {"train.lora.projection": "full", "train.thaw": "[]"}
     all_of_it = diagnose(replace(STUCK, model=replace(held, drawn=("projection", "layers")))).first
     assert (all_of_it.cause, all_of_it.change) == ("frozen_parts", {})
 

@@ -14,7 +14,7 @@ from colfolio.data.dataset import CorpusRow, Query, load_dataset, write_split
 from colfolio.data.picks import BatchSettings, Picker
 from colfolio.data.prompts import Prompter
 from colfolio.data.relations import Relations
-from colfolio.diagnosis.evidence import Settled
+from colfolio.diagnosis.evidence import DataFacts, Settled
 from colfolio.diagnosis.ledgers.ledger import make_ledger
 from colfolio.diagnosis.preflight import check_first, check_run, score_checks
 from colfolio.diagnosis.preflight import data_checks as data
@@ -27,7 +27,7 @@ from colfolio.diagnosis.preflight.check import Check, run_checks
 from colfolio.diagnosis.preflight.steps import Descent
 from colfolio.diagnosis.preflight.trial import make_trial
 from colfolio.diagnosis.run_evidence import settled_of
-from colfolio.diagnosis.signals import measure_data
+from colfolio.diagnosis.signals import measure_data, probe
 from colfolio.errors import DatasetError
 from colfolio.models import Retriever, projected
 from colfolio.models.adapters import LoraSettings, add_lora, save_adapter
@@ -333,11 +333,30 @@ def test_a_temperature_that_leaves_no_room_is_found(temperature, cause, begin, c
     assert (check.passed, check.cause) == (not cause, cause), check
 
 
+def enough(state, count_of, queries, is_trained=False):
+    facts = DataFacts(queries, queries)
+    settled = settled_of(state.settings)
+    return data.enough_candidates(count_of(state), lambda: facts, settled, is_trained=is_trained)
+
+
+def test_few_candidates_pass_with_a_remark_where_weights_can_retrieve(begin, count_of):
+    check = enough(begin(batch={"rows": 4}), count_of, queries=24, is_trained=True)
+    assert check.passed
+    assert "which are few; weights that were trained before" in check.told
+
+
+def test_few_candidates_pass_where_there_are_no_more_queries(begin, count_of):
+    check = enough(begin(batch={"rows": 4}), count_of, queries=4)
+    assert check.passed
+    assert "the data has 4 queries in all" in check.told
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_candidates_that_are_few_are_found_with_the_setting(accumulation, begin, count_of):
     state = begin(batch={"rows": 2}, accumulation=accumulation)
-    check = data.enough_candidates(count_of(state), settled_of(state.settings))
+    check = enough(state, count_of, queries=24)
     assert_fails(check, "few_candidates")
+    assert "train.batch.rows=24" in check.told
     assert ("4 accumulated batches of 2 rows" in check.told) == (accumulation > 1)
 
 
@@ -358,7 +377,10 @@ def test_pages_that_show_nothing_are_found(shared_retriever, facts_of):
     assert_fails(data.pages_show_something(facts, SETTLED), "blank_documents")
 
 
-def test_labels_that_trained_weights_contradict_are_named(trained, trial_of, monkeypatch):
+@pytest.mark.parametrize(("place", "is_wrong"), [(0.5, True), (0.3, False)])
+def test_labels_that_trained_weights_contradict_are_named(
+    place, is_wrong, trained, trial_of, monkeypatch
+):
     state, trial = trained(), trial_of(trained())
     picker = Picker(trial.dataset, state.settings.batch, 0)
     settled = settled_of(state.settings)
@@ -366,11 +388,14 @@ def test_labels_that_trained_weights_contradict_are_named(trained, trial_of, mon
     own = score_checks.Probe.measure
 
     def contradicting(self, *given):
-        return replace(own(self, *given), loss=9.0, accuracy=0.0)
+        found = own(self, *given)
+        rank = place * found.documents
+        return replace(found, loss=9.0, accuracy=0.0, confident=0.5, rank=rank)
 
     assert score_checks.first_scores(trial, lambda: picker, settled).passed
     monkeypatch.setattr(score_checks.Probe, "measure", contradicting)
-    assert_fails(score_checks.first_scores(trial, lambda: picker, settled), "wrong_labels")
+    check = score_checks.first_scores(trial, lambda: picker, settled)
+    assert (check.cause == "wrong_labels", check.passed) == (is_wrong, not is_wrong), check
 
 
 def test_images_that_are_not_seen_are_named(begin, trial_of, monkeypatch):
@@ -440,6 +465,8 @@ def test_a_pairwise_loss_that_makes_all_scores_equal_has_collapsed(begin, trial_
 def test_a_rate_at_which_nothing_is_learnt_is_found(lr, begin, trial_of):
     check = learning.one_batch_by_heart(trial_of(begin(optimiser={"lr": lr})))
     assert_fails(check, "rate_too_low" if lr < 1 else "rate_too_high")
+    told = float(check.told.split("train.optimiser.lr=")[1])
+    assert told > 100 * lr if lr < 1 else told < 1e-2 * lr
 
 
 def test_a_batch_that_another_rate_learns_passes_and_says_so(begin, trial_of):
@@ -503,6 +530,31 @@ def test_scores_that_half_precision_rounds_away_are_found(begin, trial_of, monke
     assert equality.half_precision(trial).passed
     monkeypatch.setattr(Retriever, "forward", rounded)
     assert_fails(equality.half_precision(trial), "rounded_scores")
+
+
+def test_negatives_that_change_places_are_no_fault_of_half_precision(begin, trial_of, monkeypatch):
+    trial, generator = trial_of(begin(precision="bf16")), torch.Generator().manual_seed(0)
+    wide = torch.randn(trial.batch.positives.shape, generator=generator) * 1e-3
+    narrow = torch.randn(wide.shape, generator=generator) * 1e-3
+    ahead = trial.batch.positives * 1.0
+    monkeypatch.setattr(equality, "_both_precisions", lambda *_: (wide + ahead, narrow + ahead))
+    assert equality.rank_correlation(wide + ahead, narrow + ahead) < 0.8
+    assert equality.half_precision(trial).passed
+    monkeypatch.setattr(equality, "_both_precisions", lambda *_: (wide + ahead, wide - ahead))
+    assert_fails(equality.half_precision(trial), "rounded_scores")
+
+
+def test_scores_that_maxsim_rounds_to_bf16_are_found(begin, trial_of, monkeypatch):
+    own, state = probe.maxsim, begin(precision="bf16")
+    trial = trial_of(state)
+    picker = Picker(trial.dataset, state.settings.batch, 0)
+
+    def rounded(*given):  # as scores of more tokens are, which are larger
+        return (own(*given) + 32).bfloat16().float() - 32
+
+    monkeypatch.setattr(probe, "maxsim", rounded)
+    check = score_checks.first_scores(trial, lambda: picker, settled_of(state.settings))
+    assert_fails(check, "rounded_scores")
 
 
 def test_a_check_that_ends_in_an_error_has_failed():
