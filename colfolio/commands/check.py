@@ -175,10 +175,10 @@ def _retrieval(dataset: RetrievalDataset | ConversationDataset) -> RetrievalData
 
 def _say(check: Check) -> None:
     """Print the line of a check, its verdict before it."""
-    verdict, style = ("passed", "") if check.passed else ("failed", "red")
+    verdict, colour = ("passed", "green") if check.passed else ("failed", "red")
     cause = f" [{check.cause}]" if check.cause and not check.passed else ""
     told = f"{check.name}: {check.told}{cause}"
-    print_wrapped(console(), told, indent=_VERDICT, label=verdict, style=style)
+    print_wrapped(console(), told, indent=_VERDICT, label=verdict, label_style=colour)
 
 
 def _say_of_run(label: str, told: str, style: str = "") -> None:

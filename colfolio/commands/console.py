@@ -18,7 +18,13 @@ def console() -> Console:
 
 
 def print_wrapped(
-    out: Console, text: str | Text, *, indent: int = 0, label: str = "", style: str = ""
+    out: Console,
+    text: str | Text,
+    *,
+    indent: int = 0,
+    label: str = "",
+    style: str = "",
+    label_style: str = "",
 ) -> None:
     """Print a paragraph, broken between words at a terminal's width, and not broken elsewhere.
 
@@ -31,7 +37,8 @@ def print_wrapped(
     lines = paragraph.wrap(out, width) if out.is_terminal else [paragraph]
     for number, line in enumerate(lines):
         line.rstrip()
-        out.print(Text(f"{'' if number else label:<{indent}}") + line)
+        before = f"{'' if number else label:<{indent}}"
+        out.print(Text.assemble((before, label_style), line))
 
 
 def program() -> str:
