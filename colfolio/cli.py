@@ -1,28 +1,16 @@
-"""The command line: declares the commands, calls them, and turns errors into exit codes.
+"""The command line: declares the commands and calls them; `commands/exits.py` tells errors.
 
 0 done, 1 a user's error or a failed check, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-
-# A file system that refuses: full, failing, not to be written, or without a place of that name.
-# Not limits of the machine (memory, open files): what met them is to be seen in a traceback.
-_USERS_ERRORS = frozenset(
-    {
-        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
-        *(errno.EACCES, errno.EPERM, errno.EROFS),
-        *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
-        *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
-    }
-)
 
 app = typer.Typer(
     help="Train, explain and serve late-interaction retrievers for page images.",
@@ -52,22 +40,14 @@ def run() -> None:
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    from colfolio.errors import ColfolioError
+    from colfolio.commands.exits import errors_told
 
     # oneDNN, and torch's way to it, keep what they made for 1,024 shapes: hundreds of MiB where
     # every batch has shapes of its own; both read these at the first product
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
-    try:
+    with errors_told():
         app()
-    except (ColfolioError, FloatingPointError) as error:
-        _fail(str(error))
-    except OSError as error:
-        if error.errno not in _USERS_ERRORS:
-            raise
-        _fail(
-            f"{error.filename or 'writing'}: {error.strerror}; what was there before is untouched"
-        )
 
 
 @app.command()
@@ -407,15 +387,6 @@ def export(
         private=private,
         revision=revision,
     )
-
-
-def _fail(message: str) -> None:
-    from rich.console import Console
-
-    Console(stderr=True, soft_wrap=True, highlight=False).print(
-        "error:", message, style="red", markup=False
-    )
-    sys.exit(1)
 
 
 if __name__ == "__main__":

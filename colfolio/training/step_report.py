@@ -24,7 +24,7 @@ class PartReport:
     update_ratio: float
     trains: int
     lr_least: float
-    dead: float = 0.0
+    dead: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,8 +145,8 @@ def test_time_left_is_shown_in_hours_and_never_begins_anew(screen, steps, left):
 
 
 PARTS = {
-    "vision": PartReport(1e-5, 0.25, 1e-4, 665_600_000, 1e-5),
-    "projection": PartReport(5e-4, 1.5, 2e-3, 196_608, 5e-4),
+    "vision": PartReport(1e-5, 0.25, 1e-4, 665_600_000, 1e-5, 0.0),
+    "projection": PartReport(5e-4, 1.5, 2e-3, 196_608, 5e-4, 0.0),
 }
 
 

@@ -10,7 +10,7 @@ from colfolio.training import PartReport, StepReport
 
 def report(step, loss=2.0, **changed):
     levels = (4.852, 0.0, 0.5, 1.0, 128.0, 0.0, 0.25, 1.5)
-    parts = {"vision": PartReport(1e-5, 0.25, 1e-4, 1000, 2e-6)}
+    parts = {"vision": PartReport(1e-5, 0.25, 1e-4, 1000, 2e-6, 0.0)}
     values = {"skipped": False, "lr": 1e-3, "seconds": 0.5, "rows_per_second": 256.0}
     return StepReport(step, loss, *levels, **values, parts=parts, **changed)
 

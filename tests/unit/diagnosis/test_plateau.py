@@ -4,40 +4,14 @@ import math
 from dataclasses import replace
 
 import pytest
+from known_runs import CHANCE, PROBE, ROWS
 
 from colfolio.diagnosis.causes import diagnose
-from colfolio.diagnosis.evidence import DataFacts, Evidence, ProbeSignals, Settled
+from colfolio.diagnosis.evidence import DataFacts, Evidence, Settled
 from colfolio.diagnosis.plateau import PlateauWatch, is_due, named_plateaus
 from colfolio.diagnosis.training_log import LoggedPart, LoggedStep, TrainingLog
 
-ROWS = 64
-CHANCE = math.log(ROWS)
 STEPS = 1000
-PROBE = ProbeSignals(
-    step=0,
-    documents=32,
-    loss=3.5,
-    chance=math.log(32),
-    floor=0.0,
-    margin=-1.0,
-    mean_margin=0.0,
-    rank=16.5,
-    accuracy=0.03,
-    spread=0.5,
-    query_cosine=0.6,
-    document_cosine=0.7,
-    query_rank=9.0,
-    document_rank=8.0,
-    dim=32,
-    same_winner=0.3,
-    query_distance=0.0,
-    document_distance=0.0,
-    shift=1,
-    shift_accuracy=0.06,
-    confident=0.1,
-    distinct_scores=1.0,
-    score_error=1e-6,
-)
 SOUND = DataFacts(queries=2000, documents=2000, validation_documents=100)
 
 

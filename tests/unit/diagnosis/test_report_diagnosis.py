@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 
 import numpy as np
 from html_page import HOSTILE, Page
+from known_runs import PROBE
 
 from colfolio.diagnosis.causes import diagnose
-from colfolio.diagnosis.evidence import ProbeSignals
 from colfolio.diagnosis.reporting.heat_examples import HeatExample, TokenShare
 from colfolio.diagnosis.reporting.probe_charts import score_histograms
 from colfolio.diagnosis.reporting.report import Highlight, ReportData, render_report
@@ -20,30 +20,13 @@ NAMED = {"step": 120, "cause": "collapsed", "told": "The model has collapsed. It
 
 
 def probe(step, spread=0.5, histogram=((1, 3, 0), (9, 4, 1))):
-    return ProbeSignals(
+    return replace(
+        PROBE,
         step=step,
-        documents=32,
-        loss=3.5,
-        chance=math.log(32),
-        floor=0.0,
-        margin=-1.0,
-        mean_margin=0.0,
         rank=16.5 - step / 100,
-        accuracy=0.03,
         spread=spread,
-        query_cosine=0.6,
-        document_cosine=0.7,
-        query_rank=9.0,
-        document_rank=8.0,
-        dim=32,
-        same_winner=0.3,
         query_distance=0.2,
         document_distance=0.2,
-        shift=1,
-        shift_accuracy=0.06,
-        confident=0.1,
-        distinct_scores=1.0,
-        score_error=1e-6,
         histogram=histogram,
         edges=(-1.0, 2.0),
     )
