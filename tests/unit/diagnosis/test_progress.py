@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import known_runs
 import pytest
 import yaml
 from known_runs import (
@@ -256,3 +257,17 @@ def test_positions_with_a_fault_of_a_later_version_are_told_as_such():
     found = diagnose(replace(LEARNT, model=replace(MODEL, positions="new_fault"))).first
     assert found.cause == "positions_new_fault"
     assert "of which no more is known: new fault" in found.title
+
+
+def test_frozen_parts_are_named_also_where_the_loss_began_below_chance():
+    begun = known_runs.CHANCE * 0.8
+    losses = [begun + 0.01 * math.sin(1.7 * number) for number in range(300)]
+    probe = replace(known_runs.PROBE, loss=2.8)
+    frozen = replace(known_runs.MODEL, trains={"projection": 20}, frozen={"layers": 200})
+    evidence = replace(
+        known_runs.STUCK,
+        model=frozen,
+        steps=known_runs.steps(losses, accuracy=0.05),
+        probes=(probe, replace(probe, step=300, query_distance=0.1, document_distance=0.1)),
+    )
+    assert diagnose(evidence).first.cause == "frozen_parts"
